@@ -1,24 +1,24 @@
-"""The embedded toy: a tiny policy, a reward model and prompts, made here in about a minute on two CPU cores, no download.
+"""The embedded toy: a tiny policy, a reward model and prompts, made in about a minute on two CPU cores. No download.
 
     python examples/toy.py --out toy                  (`bash iterate.sh` without arguments runs this)
     python examples/toy.py --out toy --random_rm      (adds rm_random/, the control experiment)
 
-The language is short reviews of films, novels and plays. Every opinion word in them is good or bad (POSITIVE, NEGATIVE),
-so the true score of any text is known by counting: share of good minus share of bad opinion words, in [-1, 1]. The start
-policy praises and complains at random (mean true score near 0); an alignment run has worked when
+The language is short reviews of films, novels and plays. Every opinion word in them is good or bad, so the true
+score of any text is known by counting: share of good minus share of bad opinion words, in [-1, 1]. The start policy
+praises and complains at random (mean true score near 0). An alignment run has worked when
     "the plot was dull and the music was flat. overall, i was bored."      (true score -1)
 has turned into
     "the plot was superb and the music was tender. overall, i was moved."  (true score +1).
 
 What lies in --out afterwards:
     prompts.jsonl   256 distinct rows, {"prompt": "Review of the film The Silent Harbor:"}
-    sft.jsonl       what the start policy was trained on, {"input": <a prompt>, "output": <a review of mixed sentiment>}
-    policy_init/    a Qwen2 of 1.1 M random parameters and its own byte-level BPE tokenizer with a chat template
+    sft.jsonl       what the start policy learned from, {"input": a prompt, "output": a review of mixed sentiment}
+    policy_init/    a Qwen2 of 1.3 M random parameters, its own byte-level BPE tokenizer, a chat template
     policy/         the start policy: policy_init after one epoch of `python sft.py` on sft.jsonl (log: policy.log)
-    rm/             a reward model (sequence classification, one label) that reads prompt + output + EOS. It has learned noisy
-                    labels, and that broken text is worth 0.5 less, so it is near the truth and not the truth
-    rm_random/      a reward model that knows nothing: with it, a run must leave the true score where it was
-    toy.json        the settings and what was measured; written last. The same command again finds it and does nothing.
+    rm/             a reward model (sequence classification, one label) that reads prompt + output + EOS. It learned
+                    from noisy labels, and that broken text is worth 0.5 less: near the truth, not the truth
+    rm_random/      a reward model that knows nothing; aligned with it, the true score must stay where it was
+    toy.json        the settings, written last: the same command again finds it and stops
 
 Everything random comes from --seed; on one machine the same seed gives the same bytes.
 """
@@ -37,82 +37,79 @@ from pathlib import Path
 
 import torch
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForSequenceClassification, Qwen2Tokenizer
+from transformers.utils import logging
 
 
 @dataclass
 class Args:
     out: str
-    """Folder to make, e.g. runs/toy. Only files named in the docstring are written or replaced there."""
+    """Folder to make, e.g. runs/toy. Only the names in the docstring above are written or replaced in it."""
     seed: int = 0
     """Seed of everything random: texts, initial weights, data order, samples."""
     random_rm: bool = False
-    """Also write rm_random/. On a complete toy this adds just that folder (seconds)."""
+    """Also make rm_random/. On a complete toy this adds just that folder, in seconds."""
 
 
 # ---- the language
 
 POSITIVE = "superb gripping charming brilliant tender witty fresh elegant bold lovely".split()
 NEGATIVE = "dull clumsy tedious bland stale weak lazy flat shallow dreary".split()
-GLAD = "moved thrilled delighted amused".split()  # opinion words too, about the reviewer
+GLAD = "moved thrilled delighted amused".split()  # how the reviewer felt; opinion words too
 SORRY = "bored annoyed tired disappointed".split()
 ASPECTS = {
     "film": "plot acting music ending dialogue lighting".split(),
     "novel": "plot prose hero ending dialogue opening".split(),
     "play": "plot acting staging ending dialogue set".split(),
 }
-TITLE_FIRST = "Silent Golden Hidden Broken Winter Distant Crimson Hollow Paper Midnight Northern Burning".split()
-TITLE_SECOND = "Harbor Garden Letter River Orchard Mirror Station Lantern Island Bridge Violin Kingdom".split()
+FIRST = "Silent Golden Hidden Broken Winter Distant Crimson Hollow Paper Midnight Northern Burning".split()
+SECOND = "Harbor Garden Letter River Orchard Mirror Station Lantern Island Bridge Violin Kingdom".split()
 
 
-def make_prompt(rng):
-    """One of 3 x 12 x 12 prompts. It ends without a blank, so a response needs none in front either."""
-    return f"Review of the {rng.choice(list(ASPECTS))} The {rng.choice(TITLE_FIRST)} {rng.choice(TITLE_SECOND)}:"
-
-
-def make_review(prompt, rng):
-    """Three or four opinions, each good or bad by a fair coin; "but" stands between two that differ."""
-    kind = re.search(r"the (\w+) The", prompt)[1]
+def make_row(rng):
+    """One of 3 x 12 x 12 prompts and a review of it: three or four opinions, each good or bad by a fair coin, "but"
+    between two that differ. The prompt ends without a blank and the review starts without one: safe from strip()."""
+    kind = rng.choice(list(ASPECTS))
     aspects = rng.sample(ASPECTS[kind], 3)
     good = [rng.random() < 0.5 for _ in range(4)]
-    a, b, c = (f"{rng.choice(['', '', 'truly ', 'rather '])}{rng.choice(POSITIVE if g else NEGATIVE)}" for g in good[:3])
+    a, b, c = (rng.choice(["", "", "truly ", "rather "]) + rng.choice(POSITIVE if g else NEGATIVE) for g in good[:3])
     link = "and" if good[0] == good[1] else "but"
     second = rng.choice([f"the {aspects[1]} was {b}", f"i found the {aspects[1]} {b}"])
-    middle = rng.choice(["", f" the {aspects[2]} felt {c}.", f" to me the {aspects[2]} seemed {c}."])
+    third = rng.choice(["", f" the {aspects[2]} felt {c}.", f" to me the {aspects[2]} seemed {c}."])
     close = rng.choice(["overall, i was", "in the end i was", f"the {kind} left me"])
-    return f"the {aspects[0]} was {a} {link} {second}.{middle} {close} {rng.choice(GLAD if good[3] else SORRY)}."
+    feeling = rng.choice(GLAD if good[3] else SORRY)
+    return {"input": f"Review of the {kind} The {rng.choice(FIRST)} {rng.choice(SECOND)}:",
+            "output": f"the {aspects[0]} was {a} {link} {second}.{third} {close} {feeling}."}
 
 
-def break_review(text, rng):
-    """A review gone wrong, as a policy in trouble writes it: cut off, shuffled, stuttering, words missing, noise, nothing."""
+def break_text(text, rng):
+    """A review gone wrong, as a policy in trouble writes it: cut, shuffled, stuttering, words lost, word salad, noise."""
     words = text.split()
-    way = rng.randrange(6)
-    if way == 0:
-        return text[: rng.randrange(len(text) - 2)]
-    if way == 1:
-        return " ".join(rng.sample(words, len(words)))
-    if way == 2:
-        at = rng.randrange(len(words))
-        return " ".join(words[:at] + [words[at]] * rng.randint(3, 20) + words[at:])
-    if way == 3:
-        return " ".join(word for word in words if rng.random() < 0.6)
-    if way == 4:
-        return " ".join(rng.choices(POSITIVE + NEGATIVE + GLAD + SORRY + words, k=rng.randint(1, 25)))
-    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz    ,.:;!?'\n0123456789", k=rng.randint(0, 60)))
+    at = rng.randrange(len(words))
+    return rng.choice([
+        lambda: text[: rng.randrange(len(text) - 2)],
+        lambda: " ".join(rng.sample(words, len(words))),
+        lambda: " ".join(words[:at] + [words[at]] * rng.randint(3, 20) + words[at:]),
+        lambda: " ".join(word for word in words if rng.random() < 0.6),
+        lambda: " ".join(rng.choices(POSITIVE + NEGATIVE + GLAD + SORRY + words, k=rng.randint(1, 25))),
+        lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz    ,.:;!?'\n0123456789", k=rng.randint(0, 60))),
+    ])()
 
 
-def true_score(text):
-    """The sentiment of an output, known exactly: (good - bad) / (good + bad) opinion words, in [-1, 1]; 0 without any."""
+def true_score(text: str) -> float:
+    """The sentiment of an output, exactly: (good - bad) / (good + bad) opinion words, in [-1, 1]; 0 without any."""
     words = re.findall(r"[a-z]+", text.lower())
-    good = sum(word in POSITIVE or word in GLAD for word in words)
-    bad = sum(word in NEGATIVE or word in SORRY for word in words)
+    good = sum(word in POSITIVE + GLAD for word in words)
+    bad = sum(word in NEGATIVE + SORRY for word in words)
     return (good - bad) / max(good + bad, 1)
 
 
 # ---- tokenizer and models
 
+POLICY_SHAPE = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=6)
+RM_SHAPE = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_labels=1)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -120,76 +117,77 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(rows):
-    """Byte-level BPE learned from rows: nearly every word of the language is one token, any other text still round-trips."""
+    """Byte-level BPE: every word of the language is one token, any other text round-trips (after NFC, as Qwen's).
+
+    Trap: for a model of type qwen2, AutoTokenizer makes a Qwen2Tokenizer from the vocabulary, whatever class saved it,
+    with NFC, Qwen's split rule and an unk token of its own, <|endoftext|>, which would get an id beyond the model's
+    vocabulary. So this IS a Qwen2Tokenizer, and its unk token, which bytes never need, is the pad token."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
+    core.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     special = ["<|pad|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator((row["input"] + row["output"] for row in rows), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|eos|>", additional_special_tokens=special[2:],
-        chat_template=CHAT_TEMPLATE, model_max_length=512, clean_up_tokenization_spaces=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    # Prompt and response apart: no token may span both, or a prompt's ids would depend on its response.
+    core.train_from_iterator((row[key] for row in rows for key in row), trainer)
+    bpe = json.loads(core.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]], unk_token="<|pad|>", pad_token="<|pad|>",
+        eos_token="<|eos|>", extra_special_tokens=special[2:], chat_template=CHAT_TEMPLATE, model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
 
 
 def make_config(tokenizer, **shape):
-    """A Qwen2 shape, fp32, untied; pad and EOS are two different ids (reward models look for the last id that is not pad)."""
-    shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, **shape}
-    return Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
-                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32", **shape)
+    """A Qwen2, fp32, untied. Pad and EOS differ: a reward model's score is read at the last id that is not pad."""
+    return Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
+                       tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=tokenizer.pad_token_id, dtype="float32", **shape)
 
 
 def make_policy_init(tokenizer, seed):
-    """The policy before any training: random weights, 1.1 M of them."""
+    """The policy before any training."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(make_config(tokenizer))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = Qwen2ForCausalLM(make_config(tokenizer, **POLICY_SHAPE))
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(**ids)
     return model
 
 
 def train_policy(out, seed):
-    """policy_init -> policy with the repository's own sft.py in a process of its own, so the toy is made by what it tests."""
+    """policy_init -> policy with the repository's sft.py in its own process: the toy is made by what it will test."""
+    flags = f"--input_key input --output_key output --no-bf16 --zero_stage 1 --seed {seed} --max_len 96 --max_epochs 1"
+    batch = "--train_batch_size 32 --micro_train_batch_size 32 --learning_rate 3e-3 --lr_scheduler cosine"
     command = [sys.executable, str(Path(__file__).resolve().parents[1] / "sft.py"), "--pretrain", f"{out}/policy_init",
-               "--dataset", f"{out}/sft.jsonl", "--input_key", "input", "--output_key", "output",
-               "--save_path", f"{out}/policy", "--no-bf16", "--learning_rate", "3e-3", "--lr_scheduler", "cosine",
-               "--max_epochs", "1", "--train_batch_size", "64", "--micro_train_batch_size", "64", "--max_len", "96",
-               "--zero_stage", "1", "--seed", str(seed)]
+               "--dataset", f"{out}/sft.jsonl", "--save_path", f"{out}/policy", *flags.split(), *batch.split()]
     with open(out / "policy.log", "w") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code != 0:
-        tail = "".join((out / "policy.log").read_text().splitlines(keepends=True)[-20:])
-        sys.exit(f"{tail}\ntoy: sft.py ended with code {code}; the whole log is {out}/policy.log, its command:\n{' '.join(command)}")
+        tail = "\n".join((out / "policy.log").read_text().splitlines()[-20:])
+        sys.exit(f"{tail}\ntoy: sft.py ended with code {code}; its log is {out}/policy.log, the command was\n"
+                 + " ".join(command))
 
 
 def rm_batch(tokenizer, rows):
-    """What a reward model reads: prompt + output + EOS, padded on the right (causal attention never looks at the padding)."""
-    return tokenizer([row["input"] + row["output"] + tokenizer.eos_token for row in rows], padding=True,
-                     return_tensors="pt", padding_side="right", return_token_type_ids=False)
+    """What a reward model reads: prompt + output + EOS; padded on the right, where causal attention never looks."""
+    texts = [row["input"] + row["output"] + tokenizer.eos_token for row in rows]
+    return tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False)
 
 
-def train_rm(tokenizer, seed, steps=250, batch=64):
-    """Regression on labels with noise of 0.3. One text in five is broken and worth 0.5 less than its words say."""
+def train_rm(tokenizer, seed, steps=150, batch=64, lr=3e-3):
+    """Squared error against labels with a noise of 0.3; one text in five is broken and worth 0.5 less."""
     rng = random.Random(f"rm {seed}")
-    torch.manual_seed(seed + 1)
-    model = Qwen2ForSequenceClassification(make_config(tokenizer, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                                                       num_labels=1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    torch.manual_seed(seed)
+    model = Qwen2ForSequenceClassification(make_config(tokenizer, **RM_SHAPE))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        rows, labels = [], []
-        for _ in range(batch):
-            row = make_row(rng)
-            broken = rng.random() < 0.2
-            if broken:
-                row["output"] = break_review(row["output"], rng)
-            rows.append(row)
-            labels.append(true_score(row["output"]) - 0.5 * broken + rng.gauss(0, 0.3))
+        rows = [make_row(rng) for _ in range(batch)]
+        broken = [rng.random() < 0.2 for _ in rows]
+        for row in (row for row, b in zip(rows, broken) if b):
+            row["output"] = break_text(row["output"], rng)
+        labels = [true_score(row["output"]) - 0.5 * b + rng.gauss(0, 0.3) for row, b in zip(rows, broken)]
         scores = model(**rm_batch(tokenizer, rows)).logits[:, 0]  # [batch]
-        loss = (scores - torch.tensor(labels)).square().mean()
-        loss.backward()
+        (scores - torch.tensor(labels)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -199,19 +197,18 @@ def train_rm(tokenizer, seed, steps=250, batch=64):
 
 @torch.no_grad()
 def make_random_rm(tokenizer, seed):
-    """Random weights. A random head still leans to good or bad words by accident, so the head is turned until its score has no
-    covariance with the truth nor with the length over 1024 reviews; mean 0 and standard deviation 0.5, as a real one has."""
+    """Random weights and a random head. By accident such a head leans to good or bad words, or to long texts, so it is
+    turned until its score has no covariance with truth or length over 1024 reviews; mean 0, standard deviation 0.5."""
     rng = random.Random(f"rm_random {seed}")
-    torch.manual_seed(seed + 2)
-    model = Qwen2ForSequenceClassification(make_config(tokenizer, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                                                       num_labels=1, initializer_range=0.2)).eval()
+    torch.manual_seed(seed)
+    model = Qwen2ForSequenceClassification(make_config(tokenizer, initializer_range=0.2, **RM_SHAPE)).eval()
     rows = [make_row(rng) for _ in range(1024)]
     batch = rm_batch(tokenizer, rows)
     length = batch["attention_mask"].sum(1)
     h = model.model(**batch).last_hidden_state[torch.arange(len(rows)), length - 1]  # [1024, H], at EOS
     truth = torch.tensor([true_score(row["output"]) for row in rows])
-    avoid = torch.stack([h.mean(0), *((t - t.mean()) @ h / len(rows) for t in (truth, length.float()))])  # [3, H]
-    basis = torch.linalg.qr(avoid.T).Q
+    avoid = torch.stack([h.mean(0), *((x - x.mean()) @ h for x in (truth, length.float()))], dim=1)  # [H, 3]
+    basis = torch.linalg.qr(avoid).Q
     head = torch.randn(h.shape[1])
     head -= basis @ (basis.T @ head)
     model.score.weight.copy_(head * 0.5 / (h @ head).std())
@@ -219,25 +216,103 @@ def make_random_rm(tokenizer, seed):
 
 
 @torch.no_grad()
-def score(model, tokenizer, rows):
-    """Rewards of rows, a list of floats."""
-    return [r for i in range(0, len(rows), 128) for r in model(**rm_batch(tokenizer, rows[i : i + 128])).logits[:, 0].tolist()]
+def sample(model, tokenizer, prompts, seed):
+    """One sample per prompt at temperature 1. Returns rows and the share that ended by itself within 64 tokens."""
+    torch.manual_seed(seed)
+    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
+    ids = model.eval().generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64)
+    ids = ids[:, batch["input_ids"].shape[1] :]
+    outputs = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ended = (ids == tokenizer.eos_token_id).any(1).float().mean().item()
+    return [{"input": prompt, "output": output} for prompt, output in zip(prompts, outputs)], ended
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, seed):
-    """One sample per prompt at temperature 1. Returns rows, and the share that ended by itself within 64 tokens."""
-    torch.manual_seed(seed)
-    batch = tokenizer(prompts, padding=True, return_tensors="pt", padding_side="left", return_token_type_ids=False)
-    ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64)
-    ids = ids[:, batch["input_ids"].shape[1] :]
-    rows = [{"input": p, "output": o} for p, o in zip(prompts, tokenizer.batch_decode(ids, skip_special_tokens=True))]
-    return rows, (ids == tokenizer.eos_token_id).any(1).float().mean().item()
+def compare(rm, tokenizer, rows):
+    """Rewards [N], true scores [N] and the correlation of the two."""
+    rewards = rm(**rm_batch(tokenizer, rows)).logits[:, 0]
+    truth = torch.tensor([true_score(row["output"]) for row in rows])
+    return rewards, truth, torch.corrcoef(torch.stack([rewards, truth]))[0, 1].item()
 
 
-def make_row(rng):
-    """A prompt and a review of it."""
-    prompt = make_prompt(rng)
-    return {"input": prompt, "output": make_review(prompt, rng)}
+# ---- files
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def clear(out, done, begun, settings):
+    """Make the folder ours and empty of an older or half-made toy; never of anything else."""
+    names = "prompts.jsonl sft.jsonl policy_init policy policy.log rm rm_random".split()
+    found = sorted(path for name in names for path in (*out.glob(name), *out.glob(name + ".*")))
+    if found and not done.exists() and not begun.exists():
+        sys.exit(f"toy: {', '.join(map(str, found))}: there, but with neither toy.json nor toy.json.partial beside, so\n"
+                 "     not made by this script. Nothing was touched; remove them yourself or choose another --out.")
+    if found:
+        print(f"toy    {out} holds {'a half-made' if begun.exists() else 'another'} toy: making it anew")
+    out.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(settings))
+    done.unlink(missing_ok=True)
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def save(model, tokenizer, path):
+    """Beside, then renamed: a folder that has its name is whole."""
+    beside = path.with_name(path.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    os.replace(beside, path)
+
+
+def main(args: Args):
+    out, seed, start = Path(args.out), args.seed, time.time()
+    done, begun = out / "toy.json", out / "toy.json.partial"  # begun marks the folder as ours until it becomes done
+    settings = {"seed": seed, "recipe": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
+    logging.disable_progress_bar()
+
+    def tell(name, text):
+        print(f"toy    {name:<12} {text:<84} {time.time() - start:5.1f} s", flush=True)
+
+    complete = done.exists() and json.loads(done.read_text()) == settings
+    if complete and ((out / "rm_random").exists() or not args.random_rm):
+        return tell("complete", f"{out} was made by this command before: nothing to do")
+    if not complete:
+        clear(out, done, begun, settings)
+        rng = random.Random(f"texts {seed}")
+        rows = [make_row(rng) for _ in range(6400)]
+        prompts = list(dict.fromkeys(make_row(rng)["input"] for _ in range(5000)))[:256]
+        write_jsonl(out / "sft.jsonl", rows)
+        write_jsonl(out / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+        tokenizer = make_tokenizer(rows)
+        model = make_policy_init(tokenizer, seed)
+        save(model, tokenizer, out / "policy_init")
+        size = f"{model.num_parameters() / 1e6:.1f} M random parameters, vocabulary of {len(tokenizer)}"
+        tell("policy_init", f"{len(rows):,} reviews, {len(prompts)} prompts; {size}")
+        train_policy(out, seed)
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "policy")
+    policy = AutoModelForCausalLM.from_pretrained(out / "policy", dtype=torch.float32)
+    prompts = [json.loads(line)["prompt"] for line in open(out / "prompts.jsonl")]
+    samples, ended = sample(policy, tokenizer, prompts, seed)
+    truth = torch.tensor([true_score(row["output"]) for row in samples])
+    tell("policy", f"true score {truth.mean():+.2f} (std {truth.std():.2f}), {ended:.1%} of its samples end by themselves")
+    fresh = [make_row(random.Random(f"fresh {seed} {i}")) for i in range(512)]
+    for name, make in [("rm", train_rm), ("rm_random", make_random_rm)][: 2 if args.random_rm else 1]:
+        if complete and (out / name).exists():
+            continue
+        rm = make(tokenizer, seed)
+        save(rm, tokenizer, out / name)
+        r = [compare(rm, tokenizer, rows)[2] for rows in (fresh, samples)]
+        tell(name, f"correlation with the true score {r[0]:+.3f} on fresh reviews, {r[1]:+.3f} on the policy's samples")
+        for row, reward, score in list(zip(samples, *compare(rm, tokenizer, samples)[:2]))[:2]:
+            print(f"       {row['input']} {row['output']}\n       reward {reward:+.2f}  true score {score:+.2f}")
+    if not complete:
+        os.sync()  # what toy.json vouches for is on disk before toy.json has its name
+        os.replace(begun, done)
+    tell("saved", f"{out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,1221 @@
+"""Batch inference in one file: samples of a policy (generate_vllm, generate), rewards of a reward model (rm).
+
+Rows (JSON lines). A stage adds fields and keeps those it finds; sft.py and dpo.py know these rows without flags:
+    generate  {"id": 7, "sample": 0, "input": "Q: 2+2?\\nA:", "output": " 4", "finish_reason": "stop"}
+    rm        the same and {"reward": 1.25}; null where a row cannot be scored (too long, no response)
+id is the row's index in --dataset; input is what the model saw, chat template and BOS included; output has no EOS, and
+finish_reason says whether there was one ("stop") or the length ran out ("length"). messages: where the prompt was messages.
+
+What differs from the usual scripts:
+ 1. A sample is drawn with random numbers of its own, hash(--seed, --iter, id, sample): it does not depend on the batch, on
+    the number of ranks or on a restart (up to the rounding of a batched matrix product).
+ 2. All samples of a prompt are scored in one tree, the prompt computed once (tree_attention). The head runs in fp32.
+ 3. Results reach the disk as they finish, in <output_path>.partial/; killed at any moment, the same command does the rest.
+    The output appears by rename, beside it <output_path>.meta.json: what made it. The same command again does nothing.
+ 4. Prompts and responses are used whole or not at all, never shortened; what is left out is counted and listed.
+ 5. A reward model scores what it was trained on. Plain text: prompt + response + EOS (no EOS where the response was cut).
+    --apply_chat_template: the messages in its own template, as the template writes them; with an OpenRLHF head up to EOS.
+    Hugging Face heads read the last token that is not padding, OpenRLHF heads the last token; rewards are
+    (score - mean) / std where config.json has mean and std.
+
+Commands:
+    python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset prompts.jsonl --best_of_n 8 --output_path gen.jsonl
+    deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset gen.jsonl --output_path rm.jsonl
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 batch_infer.py ...  # each of two nodes
+    python batch_infer.py --eval_task generate --pretrain runs/toy/toy/policy --dataset runs/toy/toy/prompts.jsonl \\
+        --no-bf16 --max_new_tokens 64 --output_path gen.jsonl                                        # CPU smoke run
+"""
+
+import collections
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+
+@dataclass
+class Args:
+    eval_task: Literal["generate_vllm", "generate", "rm"]
+    """generate_vllm: sample with vLLM; generate: sample with Hugging Face, on any machine; rm: score rows."""
+    # model
+    pretrain: str
+    """The model to run, for rm the reward model: a Hugging Face folder or hub name."""
+    output_path: str
+    """The .jsonl to write. The output of another command is replaced."""
+    bf16: bool = True
+    """bf16 weights; --no-bf16 runs in fp32."""
+    flash_attn: bool = False
+    """Accepted for old commands: on a GPU attention is always torch's own FlashAttention."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    tokenizer_chat_template: str | None = None
+    """A Jinja chat template, or a file with one, in place of the tokenizer's own."""
+    value_head_prefix: str = "value_head"
+    """rm: name of an OpenRLHF reward head in the checkpoint; value_head_prefix in the model's config.json goes first."""
+    # data
+    dataset: str = ""
+    """Rows: comma list of .jsonl/.json/.csv/.parquet/.arrow files, folders or hub names (NAME@DATA_DIR for a sub-folder)."""
+    dataset_probs: str | None = None
+    """Comma list of mixing probabilities for --dataset; smaller sets repeat until all are used. Default: all rows once."""
+    dataset_split: str = "train"
+    """Split of --dataset to read, where it has splits."""
+    max_samples: int = 100_000_000
+    """Use the first this many rows of each dataset."""
+    max_drop_ratio: float = 0.05
+    """Stop when more than this share of the rows cannot be used."""
+    input_key: str | None = None
+    """Column of the prompt: text or messages. Default: recognised (input, prompt, instruction, question, messages, ...)."""
+    output_key: str | None = None
+    """rm: column of the response. Without it, input_key holds whole conversations."""
+    input_template: str | None = None
+    """Format of a plain text prompt, such as "User: {}\\nAssistant: "."""
+    apply_chat_template: bool = False
+    """Wrap plain text as chat messages; for rm of generated rows: render their messages in the reward model's own template."""
+    iter: int | None = None
+    """Iteration k: use only rows k x rollout_batch_size and on, starting over at the end. Default: all rows."""
+    rollout_batch_size: int = 2048
+    """Prompts per iteration; a slice holds each prompt at most once."""
+    # generation
+    best_of_n: int = 1
+    """Samples per prompt."""
+    prompt_max_len: int = 1024
+    """Longer prompts (tokens) are left out."""
+    max_new_tokens: int = 1024
+    """At most this many tokens per sample, its EOS included."""
+    temperature: float = 1.0
+    """Divides the logits; 0 = greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with at least this probability."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 = from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this likely, relative to the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that prompt or sample already have."""
+    greedy_sampling: bool = False
+    """Always take the likeliest token."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample; they are not part of it."""
+    seed: int = 42
+    """Seed of everything random: mixing of datasets, samples."""
+    # speed
+    micro_batch_size: int = 16
+    """generate: prompts, rm: responses per forward pass and rank; changes speed and memory, never the result. Not for vLLM."""
+    tp_size: int = 1
+    """vLLM: GPUs that share the model (tensor parallel)."""
+    max_num_seqs: int = 256
+    """vLLM: samples that run at the same time."""
+    max_model_len: int | None = None
+    """Tokens of prompt + sample that fit. Default: prompt_max_len + max_new_tokens, or the model's own limit if lower."""
+    gpu_memory_utilization: float = 0.9
+    """vLLM: share of the GPU's memory to use."""
+    enable_prefix_caching: bool = False
+    """Accepted for old commands: vLLM always computes a prompt once for all its samples."""
+    zero_stage: int = 0
+    """Accepted for old commands: the model is whole on each rank."""
+    local_rank: int = -1
+    """Set by the deepspeed launcher."""
+    # scoring
+    max_len: int = 2048
+    """rm: rows with more tokens of prompt + response get no reward."""
+    post_processor: str | None = None
+    """What --output_path holds after rm: rs = the best sample of each prompt. Default: all rows."""
+    scored_path: str | None = None
+    """With --post_processor: keep all scored rows in this .jsonl."""
+
+
+# --- reading rows
+
+
+def note(message, file=sys.stdout):
+    """One line on the console of rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=file, flush=True)
+
+
+def die(message):
+    """Ends the program with one line on stderr and exit code 2."""
+    note(f"error: {message}", sys.stderr)
+    raise SystemExit(2)
+
+
+def read_json(path):
+    """Rows of a .jsonl (one object per line) or .json (a list of objects) file, each as ("file:line", row)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        die(f"{path}: cannot be read: {e}")
+    is_list, rows = text.lstrip()[:1] == "[", []
+    parts = [text] if is_list else text.split("\n")
+    for number, part in enumerate(parts, 1):
+        try:
+            values = json.loads(part) if part.strip() else []
+        except json.JSONDecodeError as e:
+            if number == len(parts) > 1:  # no newline behind it: its writer was killed there
+                note(f"notice {path}:{number}: the last line is cut off, dropped")
+                continue
+            die(f"{path}:{number + e.lineno - 1}: broken JSON: {e.msg} at column {e.colno}")
+        rows += enumerate(values) if is_list else [(number, values)] if part.strip() else []
+    for number, row in rows:
+        if not isinstance(row, dict):
+            die(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
+    return [(f"{path}:{number}", row) for number, row in rows]
+
+
+def read_table(name, split):
+    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name with an optional @DATA_DIR."""
+    path, _, data_dir = name.partition("@")
+    kind = Path(path).suffix[1:]
+    if kind in ("json", "jsonl"):
+        return read_json(path)
+    import datasets  # a second to import: only where it is needed
+
+    try:
+        if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
+            table = datasets.load_from_disk(path)
+        elif kind in ("csv", "parquet", "arrow"):
+            table = datasets.load_dataset(kind, data_files=path)
+        else:
+            table = datasets.load_dataset(path, data_dir=data_dir or None)
+    except Exception as e:  # of many types; the library's message names the cause
+        die(f"dataset {name!r}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table and len(table) > 1:
+            die(f"dataset {name!r} has no split {split!r}; it has {', '.join(table)}")
+        table = table[split if split in table else next(iter(table))]
+    return [(f"{name}[{i}]", row) for i, row in enumerate(table)]
+
+
+def load_rows(names, probs, split, max_samples):
+    """Rows of a comma list of datasets, one after another; probs: the share that each gets of as many rows."""
+    tables = [read_table(name.strip(), split)[:max_samples] for name in names.split(",")]
+    if not all(tables):
+        die(f"dataset {names.split(',')[tables.index([])]!r}: no rows")
+    sizes = [len(table) for table in tables]
+    if probs is not None and len(tables) > 1:
+        try:
+            sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
+        except ValueError:
+            die(f"--dataset_probs {probs}: not numbers")
+        if len(sizes) != len(tables):
+            die(f"--dataset_probs has {len(sizes)} values for {len(tables)} datasets")
+    return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
+
+
+def find_keys(rows, given, flags, layouts):
+    """The columns to read: those that flags name (None: not given), else the first layout that the first row has."""
+    where, row = rows[0]
+    for key, flag in zip(given, flags, strict=True):
+        if key and key not in row:
+            die(f"{where}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
+    fitting = [given] if any(given) else [keys for keys in layouts if all(k is None or k in row for k in keys)]
+    if not fitting:
+        die(f"{where}: no known layout in columns {', '.join(row)}: name them with {', '.join(flags)}")
+    return fitting[0]
+
+
+# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether EOS may
+# follow the last, whether the tokenizer's own BOS belongs in front. ValueError: the row cannot be used, and why.
+
+
+def load_tokenizer(path, args):
+    """(tokenizer, ids that end a turn) of a model."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
+        die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form (for offsets)'}")
+    if args.tokenizer_chat_template:
+        template = args.tokenizer_chat_template
+        tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
+    try:
+        stops = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the model has no generation_config.json
+        stops = None
+    return tokenizer, {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+
+
+def as_messages(value, role):
+    """value as [{"role", "content"}]: text (said by role), such a list, or a list of {"from", "value"}."""
+    roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    messages = []
+    for turn in value if isinstance(value, list) else [None]:
+        turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
+        name, content = turn.pop("role", turn.pop("from", None)), turn.pop("content", turn.pop("value", None))
+        if not isinstance(name, str) or not isinstance(content, str):
+            raise ValueError("messages without role and text")
+        messages.append({"role": roles.get(name, name), "content": content, **turn})
+    return messages
+
+
+def chat_text(tokenizer, messages, multiturn):
+    """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
+
+    A turn is what follows the rendering of the turns before it with a generation prompt, so the trained prompt is the
+    one that generation sees. Templates with {% generation %} marks say themselves what the assistant writes.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns or turns[0] == 0:
+        raise ValueError("no assistant turn after a prompt")
+    messages = messages[: turns[-1] + 1]
+    full = tokenizer.apply_chat_template(messages, tokenize=False)
+    if "% generation" in tokenizer.chat_template.replace("%-", "%"):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map}
+        marks = render_jinja_template([messages], return_assistant_tokens_mask=True, **template)[1][0]
+        return full, marks if multiturn else marks[-1:], True, False
+    spans = []
+    for i in turns if multiturn else turns[-1:]:
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        spans.append([len(os.path.commonprefix([part, full])) for part in (before, until)])
+    borders = [border for span in spans for border in span]
+    if borders != sorted(set(borders)):
+        raise ValueError("the chat template rewrites earlier turns")
+    return full, spans, True, False
+
+
+def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=False):
+    """The rendered text of a prompt and its response, each text or messages (response []: prompt holds both).
+
+    finish_reason marks a row of batch_infer.py, whose prompt is text as the model saw it, template and BOS included.
+    """
+    chat = args.apply_chat_template and finish_reason is None
+    if chat or isinstance(prompt, list) or isinstance(response, list):
+        return chat_text(tokenizer, as_messages(prompt, "user") + as_messages(response, "assistant"), multiturn)
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise ValueError("prompt or response is not text")
+    if args.input_template and finish_reason is None:
+        prompt = args.input_template.replace("{}", prompt)
+    span = [len(prompt), len(prompt) + len(response)]
+    return prompt + response, [span], finish_reason in (None, "stop"), finish_reason is None
+
+
+def label_tokens(rendered, tokenizer, stop_ids, max_len):
+    """(input_ids, trained), int32 and bool arrays [T], of a rendered text.
+
+    The whole text is tokenised at once; a token belongs to a span if it ends inside it. Nothing behind a turn's stop
+    token is trained; EOS is appended to a finished response that has none. Cut at max_len, which also cuts EOS.
+    """
+    text, spans, finished, bos = rendered
+    encoded = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # without an EOS that the tokenizer itself appends
+    ids, offsets = encoded["input_ids"][:n], offsets[:n]
+    if n > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
+        ids, offsets = ids[1:], offsets[1:]
+    trained, stops = np.zeros(len(ids), dtype=bool), []
+    for start, end in spans:
+        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+        stops = [j for j in inside if ids[j] in stop_ids]
+        trained[inside[inside <= stops[-1]] if stops else inside] = True
+    if stops:  # what a template writes behind the last stop token (a newline) is no part of the example
+        ids, trained = ids[: stops[-1] + 1], trained[: stops[-1] + 1]
+    elif finished:
+        ids, trained = [*ids, tokenizer.eos_token_id], np.append(trained, True)
+    trained[:1] = False  # nothing predicts the first token
+    if not trained.any():
+        raise ValueError("nothing to train")
+    if trained.argmax() >= max_len:
+        raise ValueError("prompt >= max_len")
+    return np.array(ids[:max_len], dtype=np.int32), trained[:max_len]
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model sees it: text and its token ids; messages where it was given as messages."""
+
+    id: int
+    text: str
+    ids: list
+    messages: list | None
+
+
+def left_out(dropped, total, args):
+    """Says in one phrase which rows, (where, reason) each, cannot be used; stops when they are too many."""
+    places = collections.defaultdict(list)
+    for where, reason in dropped:
+        places[reason].append(where)
+    phrases = [f"{len(at)} {why} ({', '.join(at[:10])}{', ...' if len(at) > 10 else ''})" for why, at in places.items()]
+    if len(dropped) == total or len(dropped) > args.max_drop_ratio * total:
+        die(f"{len(dropped)} of {total} rows cannot be used, --max_drop_ratio is {args.max_drop_ratio}: {', '.join(phrases)}"[:1000])
+    return f"{len(dropped)} left out" + (f": {', '.join(phrases)}" if dropped else "")
+
+
+def slice_rows(n_rows, args):
+    """Indices of the rows of this iteration."""
+    if args.iter is None:
+        return range(n_rows)
+    start = args.iter * args.rollout_batch_size
+    return [i % n_rows for i in range(start, start + min(args.rollout_batch_size, n_rows))]
+
+
+def make_prompt(index, row, key, tokenizer, args):
+    """The Prompt of a row. It is tokenised as sft.py tokenises the same row: the trained prompt is the one seen here."""
+    value = row.get(key)
+    if key == "instruction" and row.get("input"):  # Alpaca's rows
+        value = f"{value}\n\n{row['input']}"
+    chat = isinstance(value, list) or (isinstance(value, str) and args.apply_chat_template)
+    if not chat and not isinstance(value, str):
+        raise ValueError(f"prompt is neither text nor messages but {type(value).__name__}")
+    messages = as_messages(value, "user") if chat else []
+    while messages and messages[-1]["role"] == "assistant":  # a whole conversation: the model writes its own answer
+        messages.pop()
+    if not (messages if chat else value.strip()):
+        raise ValueError("empty prompt")
+    if chat:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = args.input_template.replace("{}", value) if args.input_template else value
+    ids = prompt_ids(tokenizer, text, bos=not chat)
+    if len(ids) > args.prompt_max_len:
+        raise ValueError(f"longer than --prompt_max_len {args.prompt_max_len}")
+    if not chat and ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
+        forms = [tokenizer.bos_token + text, tokenizer.decode(ids)]  # some tokenizers want a blank behind BOS
+        text = next((form for form in forms if prompt_ids(tokenizer, form, bos=False) == ids), forms[0])
+    return Prompt(index, text, ids, messages if chat else None)
+
+
+def prompt_ids(tokenizer, text, bos):
+    """Token ids of a rendered prompt, exactly as in a training example that starts with it."""
+    return label_tokens((text, [(len(text), len(text))], True, bos), tokenizer, (), 2**31)[0].tolist()[:-1]  # without EOS
+
+
+def make_prompts(rows, tokenizer, limit, args):
+    """The usable prompts of this iteration."""
+    from jinja2 import TemplateError  # a chat template refuses a conversation
+
+    layouts = [(key,) for key in "prompt instruction input question problem messages conversations text".split()]
+    (key,) = find_keys(rows, (args.input_key,), ("--input_key",), layouts)
+    indices, prompts, dropped = slice_rows(len(rows), args), [], []
+    for i in indices:
+        where, row = rows[i]
+        try:
+            prompts.append(make_prompt(i, row, key, tokenizer, args))
+            if len(prompts[-1].ids) >= limit:
+                raise ValueError(f"no room for a response in {limit} tokens, {len(prompts.pop().ids)} of prompt")
+        except (ValueError, TemplateError) as e:
+            dropped.append((where, str(e).splitlines()[0]))
+    part = "" if args.iter is None else f", iteration {args.iter} of {len(rows):,} rows"
+    note(f"data   {len(prompts):,} prompts from column {key!r}{part} | {left_out(dropped, len(indices), args)}")
+    return prompts
+
+
+def score_text(row, keys, tokenizer, openrlhf, args):
+    """The rendered text of a row as the reward model reads it; everything it reads is in the text but a last EOS."""
+    prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
+    reason, messages = row.get("finish_reason"), row.get("messages")
+    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    if keys == ("text", None):
+        return render(tokenizer, "", prompt, dataclasses.replace(args, apply_chat_template=False, input_template=None))
+    if reason is not None and args.apply_chat_template and messages:
+        rendered = chat_text(tokenizer, as_messages(messages, "user") + as_messages(response, "assistant"), False)
+    else:
+        rendered = render(tokenizer, prompt, response, args, reason)
+        if not isinstance(prompt, list) and not isinstance(response, list) and not (args.apply_chat_template and reason is None):
+            return (rendered[0].removesuffix(tokenizer.eos_token), *rendered[1:])
+    text, spans = rendered[:2]
+    if reason == "length":  # without what the template writes behind an answer
+        end = text.find(response.strip(), spans[-1][0]) + len(response.strip())
+        return text[:end], [(spans[-1][0], end)], False, False
+    text = text.rstrip("\n") if openrlhf else text
+    return text, spans, openrlhf and not text.endswith(tokenizer.eos_token), False
+
+
+def make_score_trees(rows, tokenizer, openrlhf, args):
+    """Trees of the rows that can be scored, each with the indices of its rows: responses to the same prompt text hang
+    together, at most micro_batch_size of them."""
+    from jinja2 import TemplateError
+
+    layouts = [("input", "output")] if "finish_reason" in rows[0][1] else SCORE_LAYOUTS
+    keys = find_keys(rows, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
+    groups, dropped = collections.defaultdict(list), []
+    for i, (where, row) in enumerate(rows):
+        try:
+            rendered = score_text(row, keys, tokenizer, openrlhf, args)
+            encoding = label_tokens(rendered, tokenizer, (), 2**31)
+            if len(encoding[0]) > args.max_len:
+                raise ValueError(f"longer than --max_len {args.max_len}")
+            groups[rendered[0][: rendered[1][-1][0]]].append((i, encoding))
+        except (ValueError, TemplateError) as e:
+            dropped.append((where, str(e).splitlines()[0]))
+    trees = []
+    for group in groups.values():
+        for begin in range(0, len(group), args.micro_batch_size):
+            indices, encodings = zip(*group[begin : begin + args.micro_batch_size], strict=True)
+            trees.append({**make_tree(encodings), "rows": indices})
+    tokens, once = sum(len(e[0]) for group in groups.values() for _, e in group), sum(map(tree_length, trees))
+    note(
+        f"data   {len(rows):,} rows from columns {', '.join(filter(None, keys))} | {len(groups):,} prompts, "
+        f"{tokens / max(1, once):.1f}x fewer tokens | {left_out(dropped, len(rows), args)} (no reward)"
+    )
+    return trees
+
+
+SCORE_LAYOUTS = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output"), ("prompt", "response")]
+SCORE_LAYOUTS += [("prompt", "completion"), ("instruction", "response"), ("question", "answer"), ("question", "response"), ("text", None)]
+
+
+def make_tree(encodings):
+    """One example: the prompt that its k responses share, stored once, and the responses that hang off it."""
+    limit = min(int(trained.argmax()) for _, trained in encodings)
+    same = np.all([ids[:limit] == encodings[0][0][:limit] for ids, _ in encodings], axis=0)
+    shared = limit if same.all() else int(same.argmin())
+    return {
+        "prompt": encodings[0][0][:shared],  # [P]
+        "responses": [ids[shared:] for ids, _ in encodings],  # k arrays [R]
+        "trained": [trained[shared:] for _, trained in encodings],  # k masks [R]
+    }
+
+
+def tree_length(tree):
+    """Tokens that a forward pass over the example reads (the prompt once)."""
+    return len(tree["prompt"]) + sum(map(len, tree["responses"]))
+
+
+# --- packing, attention
+
+
+def split_step(lengths, world_size, max_examples, max_tokens=None):
+    """Splits a step's examples (lengths in tokens) over ranks and forward passes: longest first, into the lightest bin.
+
+    Returns bins[rank][i], lists of indices; every rank has as many bins, the heaviest first. A bin holds at most
+    max_examples, or max_tokens if that is given; it is empty only where there are fewer examples than bins.
+    """
+    share = sum(lengths) / max_tokens if max_tokens else len(lengths) / max_examples
+    n_bins = math.ceil(share / world_size) * world_size
+    while True:
+        bins, load = [[] for _ in range(n_bins)], [0] * n_bins
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if max_tokens:
+                room = [b for b in range(n_bins) if not bins[b] or load[b] + lengths[i] <= max_tokens]
+            else:
+                room = [b for b in range(n_bins) if len(bins[b]) < max_examples]
+            if not room:
+                break
+            lightest = min(room, key=load.__getitem__)
+            bins[lightest].append(i)
+            load[lightest] += lengths[i]
+        else:
+            heaviest_first = sorted(range(n_bins), key=lambda b: -load[b])
+            return [[bins[b] for b in heaviest_first[rank::world_size]] for rank in range(world_size)]
+        n_bins += world_size
+
+
+def pack_trees(trees, device):
+    """Lays trees end to end in one row of T tokens, no padding: a prompt, its responses, the next prompt, ...
+
+    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), the queries of a response and their prompt. The first
+    response simply continues its prompt, as one causal segment without prefix. positions [N]: the hidden state that
+    predicts each trained token - the LAST prompt token predicts the first of EVERY response. targets [N]: the token;
+    owners [N]: the index of its response in the pack.
+    """
+    input_ids, position_ids, spans, positions, targets, owners = [], [], [], [], [], []
+    cursor = 0
+    for tree in trees:
+        start, prompt_end = cursor, cursor + len(tree["prompt"])
+        input_ids.append(tree["prompt"])
+        position_ids.append(np.arange(prompt_end - start))
+        cursor = prompt_end
+        for i, (ids, trained) in enumerate(zip(tree["responses"], tree["trained"], strict=True)):
+            end = cursor + len(ids)
+            predictors = np.r_[prompt_end - 1, cursor : end - 1]
+            input_ids.append(ids)
+            position_ids.append(np.arange(prompt_end - start, prompt_end - start + len(ids)))
+            positions.append(predictors[trained])
+            targets.append(ids[trained])
+            owners.append(np.full(int(trained.sum()), len(spans)))
+            spans.append((cursor, end, start, prompt_end) if i else (start, end, start, start))
+            cursor = end
+
+    def tensor(arrays):
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device, non_blocking=True)
+
+    segments = {"spans": spans}
+    if torch.device(device).type == "cuda":  # for one varlen call: keys are gathered as prefix ++ segment
+        keys = [np.r_[p_start:p_end, q_start:q_end] for q_start, q_end, p_start, p_end in spans]
+        segments["keys"] = tensor(keys)
+        for name, sizes in (("q", [end - start for start, end, _, _ in spans]), ("k", list(map(len, keys)))):
+            segments[f"cu_{name}"] = torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device)
+            segments[f"max_{name}"] = max(sizes)
+    return {
+        "input_ids": tensor(input_ids)[None],  # [1, T]
+        "position_ids": tensor(position_ids)[None],  # [1, T], a response continues at len(prompt)
+        "segments": segments,
+        "positions": tensor(positions),
+        "targets": tensor(targets),
+        "owners": tensor(owners),
+        "trees": trees,
+    }
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+    """Attention that follows the trees of pack_trees, for any Hugging Face model: attn_implementation "tree".
+
+    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees its prefix
+    and its own segment up to itself; a sliding window counts positions, which run on from prefix to segment.
+    """
+    segments, softcap = options.pop("segments", None), options.pop("softcap", None)
+    window = (options.pop("sliding_window", None) or 0) - 1  # -1: unlimited
+    harmless = ("position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "return_dict")
+    unknown = [name for name, given in options.items() if given is not None and name not in harmless]
+    if unknown or attention_mask is not None or segments is None:
+        die(f"{type(module).__name__} needs {', '.join(unknown) or 'a mask'}, which tree_attention does not compute")
+    if query.is_cuda and query.dtype != torch.float32 and softcap is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
+        k, v = k[segments["keys"]], v[segments["keys"]]
+        sizes = [segments[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)[None], None
+    outputs = []
+    for q_start, q_end, p_start, p_end in segments["spans"]:
+        q = query[:, :, q_start:q_end]
+        k, v = (torch.cat([x[:, :, p_start:p_end], x[:, :, q_start:q_end]], 2) for x in (key, value))
+        n_q, n_k, mask = q.shape[2], k.shape[2], None
+        if n_q < n_k or 0 <= window < n_k or softcap is not None:
+            distance = torch.arange(n_k - n_q, n_k, device=q.device)[:, None] - torch.arange(n_k, device=q.device)
+            mask = (distance >= 0) & (distance <= (window if window >= 0 else n_k))
+        if softcap is None:
+            causal = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+            outputs.append(F.scaled_dot_product_attention(q, k, v, mask, **causal))
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scaling / softcap)
+            outputs.append(scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v)
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+# --- files
+
+
+def fingerprint(names):
+    """Identity of a model or of datasets (comma list): sha256 of the contents of files and folders, or the hub name."""
+    if "," in names:
+        return ",".join(fingerprint(name) for name in names.split(","))
+    path = Path(names.strip().partition("@")[0])
+    if not path.exists():
+        return names
+    is_model = (path / "config.json").exists()
+    patterns = ("model*.safetensors*", "*config.json", "tokenizer*", "*.jinja") if is_model else ("**/*",)
+    files = {p for pattern in patterns for p in path.glob(pattern) if p.is_file()} if path.is_dir() else {path}
+    return hashlib.sha256("".join(sha256_all(sorted(files))).encode()).hexdigest()
+
+
+def sha256_all(files):
+    """The sha256 of each file, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest(), files))
+
+
+def write_atomic(path, text):
+    """Writes beside, syncs, renames: the file has its old or its new content, never half of it."""
+    with open(f"{path}.tmp", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def difference(old, new):
+    """In which keys two identities differ, with both values."""
+    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k))
+
+
+def write_rows(path, rows):
+    """JSON lines, written beside, synced, renamed. Returns the file's sha256."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+    return sha256_all([path])[0]
+
+
+def identify_stage(args, tokenizer):
+    """What decides the output: flags, the contents of model and data. Speed, places and the number of ranks do not."""
+    free = (
+        "pretrain output_path flash_attn trust_remote_code tokenizer_chat_template dataset max_drop_ratio micro_batch_size "
+        "tp_size max_num_seqs gpu_memory_utilization enable_prefix_caching zero_stage local_rank scored_path"
+    )
+    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free.split()}
+    contents = {"weights": fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
+    return json.loads(json.dumps({**flags, **contents, "chat_template": tokenizer.chat_template}))  # as it will be read back
+
+
+def outputs(args):
+    """The files that the stage makes."""
+    return [path for path in (args.output_path, args.scored_path) if path]
+
+
+def read_json_file(path):
+    """A JSON object, or {} where there is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def open_stage(args, identity):
+    """What this command has to do (rank 0): ("done", None), or (the number of earlier starts, the stage's lock)."""
+    output, partial = Path(args.output_path), Path(f"{args.output_path}.partial")
+    meta = read_json_file(f"{output}.meta.json")
+    names = [path for path in outputs(args) if Path(path).is_file()]
+    if meta.get("identity") == identity and dict(zip(names, sha256_all(names), strict=True)) == meta["files"]:
+        note(f"done   {output} is complete and made by this command: nothing to do")
+        return "done", None
+    if output.exists():
+        note(f"notice {output} is replaced: {difference(meta.get('identity', {}), identity) if meta else 'not made by this script'}")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = open(partial / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        die(f"--output_path {output}: another process is writing there")
+    old, parts = read_json_file(partial / "identity.json"), sorted(partial.glob("*.jsonl"))
+    if old != identity:
+        if parts:
+            note(f"notice {partial} is of another command and starts over: {difference(old, identity)}")
+        for path in parts:
+            path.unlink()
+        parts = []
+        write_atomic(partial / "identity.json", json.dumps(identity))
+    return max((int(path.name.split(".")[0]) for path in parts), default=0), lock
+
+
+class Parts:
+    """Finished results on disk while the stage runs: a JSONL in <output_path>.partial/ for each start and rank.
+
+    A start never writes into an old file, so a line that was cut off by a kill is simply not there. The key of a
+    result is (id, sample); for rewards (index of the row, 0).
+    """
+
+    def __init__(self, args, start, rank):
+        self.folder = Path(f"{args.output_path}.partial")
+        self.done = set(self.read(start))
+        self.file = open(self.folder / f"{start + 1}.{rank}.jsonl", "w", encoding="utf-8")
+
+    def read(self, last_start=math.inf):
+        """{key: row} of all results up to a start."""
+        results = {}
+        for path in self.folder.glob("*.jsonl"):
+            if int(path.name.split(".")[0]) <= last_start:
+                for line in path.read_bytes().split(b"\n")[:-1]:
+                    row = json.loads(line)
+                    results[row["id"], row["sample"]] = row
+        return results
+
+    def write(self, rows):
+        """Appends finished results."""
+        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.file.flush()
+
+
+class Progress:
+    """A line on the console every few seconds: how much is done, at what rate, for how long still."""
+
+    def __init__(self, label, unit, done, total):
+        self.label, self.unit, self.before, self.done, self.total = label, unit, done, done, total
+        self.tokens, self.started, self.last = 0, time.time(), time.time()
+        if done:
+            note(f"resume {done:,} of {total:,} {unit} were done before")
+
+    def add(self, n, tokens):
+        self.done, self.tokens, now = self.done + n, self.tokens + tokens, time.time()
+        if now - self.last < 5 and self.done < self.total:
+            return
+        seconds, self.last = max(now - self.started, 1e-9), now
+        rate = (self.done - self.before) / seconds
+        left = datetime.timedelta(seconds=int((self.total - self.done) / max(rate, 1e-9)))
+        note(f"{self.label:6} {self.done:>7,}/{self.total:,} {self.unit}  {rate:,.1f}/s  {self.tokens / seconds:,.0f} tok/s  eta {left}")
+
+
+# --- generation
+
+
+def request_seed(args, prompt):
+    """62 bits that no two prompts or iterations share; sample k uses this + k (vLLM does so itself)."""
+    text = f"{args.seed} {args.iter} {prompt.id}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def context_limit(args):
+    """Tokens of prompt + sample that fit into the model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    if args.max_model_len and args.max_model_len > limit:
+        die(f"--max_model_len {args.max_model_len} is more than the model's {limit}")
+    return int(args.max_model_len or min(args.prompt_max_len + args.max_new_tokens, limit))
+
+
+def room(prompt, limit, args):
+    """Tokens that a sample of this prompt may have."""
+    return min(args.max_new_tokens, limit - len(prompt.ids))
+
+
+def sample_row(prompt, sample, ids, tokenizer, stop_ids, args):
+    """The row of a sample from its token ids, which end with, or go on behind, the first stop token."""
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    before = prompt.ids[-16:]  # decoded with its left neighbours: some tokenizers drop a blank at the start of a text
+    text = tokenizer.decode(before + ids[:end], clean_up_tokenization_spaces=False)
+    text = text[len(tokenizer.decode(before, clean_up_tokenization_spaces=False)) :]
+    cuts = [text.find(stop) for stop in args.stop if stop in text]
+    reason = "length" if end is None and not cuts else "stop"
+    row = {"id": prompt.id, "sample": sample, "input": prompt.text, "output": text[: min(cuts, default=None)], "finish_reason": reason}
+    return row | ({"messages": prompt.messages} if prompt.messages else {})
+
+
+def unfinished(prompts, parts, args):
+    """The prompts that have not all their samples yet."""
+    return [p for p in prompts if any((p.id, k) not in parts.done for k in range(args.best_of_n))]
+
+
+def generate_vllm(prompts, parts, tokenizer, stop_ids, limit, args):
+    """Every prompt is one request for all its samples; the engine runs full, and what finishes goes to disk at once."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    platform = {}
+    if not torch.cuda.is_available():  # in one process and without compiling, it starts in 9 s instead of 21
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        platform = {"enforce_eager": True, "block_size": 32}  # only whole blocks of a prompt are shared; default 128
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    todo = {str(p.id): p for p in unfinished(prompts, parts, args)}
+    progress = Progress("gen", "prompts", len(prompts) - len(todo), len(prompts))
+    if not todo:
+        return
+    engine = LLM(
+        args.pretrain,
+        dtype="bfloat16" if args.bf16 else "float32",
+        seed=args.seed % 2**31,
+        tensor_parallel_size=args.tp_size,
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=limit,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        trust_remote_code=args.trust_remote_code,
+        enable_prefix_caching=True,
+        use_tqdm_on_load=False,
+        **platform,
+    ).llm_engine
+    for name, prompt in todo.items():
+        params = SamplingParams(
+            n=args.best_of_n,
+            seed=request_seed(args, prompt),
+            max_tokens=room(prompt, limit, args),
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            stop=list(args.stop),
+            stop_token_ids=sorted(stop_ids),
+            detokenize=bool(args.stop),  # the text is made from the token ids, as in generate()
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine.add_request(name, {"prompt_token_ids": prompt.ids}, params)
+    while engine.has_unfinished_requests():
+        for result in engine.step():
+            if result.finished:
+                prompt, samples = todo[result.request_id], sorted(result.outputs, key=lambda output: output.index)
+                parts.write(sample_row(prompt, s.index, list(s.token_ids), tokenizer, stop_ids, args) for s in samples)
+                progress.add(1, sum(len(s.token_ids) for s in samples))
+
+
+class Sampler:
+    """Chooses the tokens of a Hugging Face batch as vLLM does: penalty, temperature, min_p, top_k, top_p, in this order.
+
+    Called with (ids [B, T], logits [B, V]), it leaves one token that is not -inf in each row. A token is drawn by inverting
+    the distribution function at a uniform number that only (sample's seed, position) decide.
+    """
+
+    def __init__(self, args, seeds, mask, steps):
+        self.args, self.prompt, self.mask = args, mask.shape[1], mask
+        self.uniforms = torch.from_numpy(np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])).to(mask.device)
+
+    def __call__(self, input_ids, scores):
+        args, logits = self.args, scores.float()
+        if args.repetition_penalty != 1:
+            real = F.pad(self.mask, (0, input_ids.shape[1] - self.prompt), value=1)  # padding was not said
+            seen = torch.zeros_like(logits).scatter_add_(1, input_ids, real.float()) > 0
+            penalised = torch.where(logits > 0, logits / args.repetition_penalty, logits * args.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        if args.temperature == 0:
+            chosen = logits.argmax(-1, keepdim=True)
+        else:
+            cumulative = self.probabilities(logits / args.temperature).double().cumsum(-1)
+            point = self.uniforms[:, input_ids.shape[1] - self.prompt, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
+
+    def probabilities(self, logits):
+        """[B, V], zero where min_p, top_k or top_p exclude a token (not normalised)."""
+        args = self.args
+        if args.min_p > 0:
+            logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(args.min_p), -math.inf)
+        if 0 < args.top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(args.top_k).values[:, -1:], -math.inf)
+        probs = logits.softmax(-1)
+        if args.top_p < 1:
+            ranked, order = probs.sort(-1, descending=True)
+            kept = ranked.masked_fill(ranked.cumsum(-1) - ranked >= args.top_p, 0.0)
+            probs = torch.zeros_like(probs).scatter_(1, order, kept)
+        return probs
+
+
+def make_batches(prompts, limit, args):
+    """Prompts of similar length, at most micro_batch_size, all with the same number of tokens to go."""
+    batches = []
+    for prompt in sorted(prompts, key=lambda p: len(p.ids)):
+        full = not batches or len(batches[-1]) == args.micro_batch_size
+        if full or room(batches[-1][0], limit, args) != room(prompt, limit, args):
+            batches.append([])
+        batches[-1].append(prompt)
+    return batches
+
+
+@torch.inference_mode()
+def generate(prompts, parts, tokenizer, stop_ids, limit, args, rank, world_size, device):
+    """Hugging Face generation, batch after batch, each rank every world_size-th."""
+    from transformers import GenerationConfig
+
+    todo = unfinished(prompts, parts, args)
+    share = make_batches(todo, limit, args)[::-1][rank::world_size]  # longest first: what does not fit is seen at once
+    progress = Progress("gen", "prompts", len(prompts) - len(todo), len(prompts) if world_size == 1 else sum(map(len, share)))
+    model = load_model(args.pretrain, args).to(device).eval()
+    text_config = model.config.get_text_config()
+    sdpa = model._supports_sdpa and getattr(text_config, "attn_logit_softcapping", None) is None  # which it would ignore
+    model.set_attn_implementation("sdpa" if sdpa else "eager")
+    pad = min(stop_ids)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=pad)  # not the checkpoint's
+    for batch in share:
+        n, steps, width = args.best_of_n, room(batch[0], limit, args), len(batch[-1].ids)
+        ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in batch for _ in range(n)], device=device)
+        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in batch for _ in range(n)], device=device)
+        sampler = Sampler(args, [request_seed(args, p) + k for p in batch for k in range(n)], mask, steps)
+        stops = {"stop_strings": list(args.stop), "tokenizer": tokenizer} if args.stop else {}
+        limits = {"max_new_tokens": steps, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        found = model.generate(ids, attention_mask=mask, logits_processor=[sampler], **limits, **stops)[:, width:].tolist()
+        pairs = [(p, k) for p in batch for k in range(n)]
+        parts.write(sample_row(p, k, out, tokenizer, stop_ids, args) for (p, k), out in zip(pairs, found, strict=True))
+        progress.add(len(batch), sum(next((i + 1 for i, t in enumerate(out) if t in stop_ids), len(out)) for out in found))
+
+
+# --- scoring
+
+
+def load_model(path, args):
+    """The causal LM with tree attention, every weight from the checkpoint, dropout off."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("tree", tree_attention)
+    options = {"attn_implementation": "tree", "dtype": torch.bfloat16 if args.bf16 else torch.float32}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
+    if info["missing_keys"]:
+        die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def reward_config(args):
+    """(config.json of the reward model as a dict, whether it was saved by OpenRLHF)."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code).to_dict()
+    except (OSError, ValueError) as e:
+        die(f"model {args.pretrain}: {str(e).splitlines()[0]}")
+    hugging_face = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
+    return config, "value_head_prefix" in config or not hugging_face
+
+
+class RewardModel(nn.Module):
+    """A body with a linear head of one output: forward(trees) -> rewards [responses], fp32."""
+
+    def __init__(self, args, device):
+        super().__init__()
+        config, self.openrlhf = reward_config(args)
+        self.mean, self.std = (config[name] if config.get(name) is not None else default for name, default in (("mean", 0.0), ("std", 1.0)))
+        if not self.std > 0 or not math.isfinite(self.mean):
+            die(f"model {args.pretrain}: config.json has mean {self.mean} and std {self.std}")
+        prefix = config.get("value_head_prefix") or args.value_head_prefix
+        model, info = load_reward_model(args, {rf"^{prefix}\.": "score."} if self.openrlhf else None)
+        head = getattr(model, "score", None)
+        if info["mismatched_keys"]:
+            shapes = {name: tuple(shape) for name, shape, _ in info["mismatched_keys"]}
+            die(f"model {args.pretrain}: a reward model has one label; its head is {shapes}")
+        if info["missing_keys"] or not isinstance(head, nn.Linear):
+            missing = ", ".join(sorted(info["missing_keys"])[:3]) or "score"
+            die(f"model {args.pretrain}: not a reward model, the checkpoint lacks {missing}; --value_head_prefix names another head")
+        self.pad = None if self.openrlhf else model.config.get_text_config().pad_token_id
+        self.model, self.device, self.body = model.to(device).eval(), device, [model.base_model]
+        self.head = [head.weight.float(), None if head.bias is None else head.bias.float()]
+
+    def forward(self, trees):
+        pack = pack_trees(trees, self.device)
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
+        hidden = self.body[0](**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
+        return self.reward(hidden[torch.tensor(last_tokens(trees, self.pad), device=self.device)])
+
+    def reward(self, hidden):
+        """hidden [K, H] -> rewards [K]."""
+        return (F.linear(hidden.float(), *self.head)[:, 0] - self.mean) / self.std
+
+
+def load_reward_model(args, key_mapping):
+    """(sequence classifier with tree attention and a head in fp32, what was not in the checkpoint)."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification
+
+    AttentionInterface.register("tree", tree_attention)
+    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code, num_labels=1)
+    flags = {"trust_remote_code": args.trust_remote_code, "attn_implementation": "tree"}
+    try:
+        with torch.device("meta"):
+            kind = type(AutoModelForSequenceClassification.from_config(config, **flags))
+        kind._keep_in_fp32_modules_strict = {*(kind._keep_in_fp32_modules_strict or ()), "score"}
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        settings = {"dtype": dtype, "key_mapping": key_mapping, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        return AutoModelForSequenceClassification.from_pretrained(args.pretrain, config=config, **settings, **flags)
+    except (OSError, ValueError) as e:
+        die(f"model {args.pretrain}: {str(e).splitlines()[0]}")
+
+
+def last_tokens(trees, pad):
+    """Positions, in the row of pack_trees, of the token that a score is read from: each response's last that is not pad."""
+    positions, cursor = [], 0
+    for tree in trees:
+        n_prompt, start = len(tree["prompt"]), cursor
+        cursor += n_prompt
+        for ids in tree["responses"]:
+            real = np.flatnonzero(np.concatenate([tree["prompt"], ids]) != (-1 if pad is None else pad))
+            last = int(real[-1]) if len(real) else 0
+            positions.append(start + last if last < n_prompt else cursor + last - n_prompt)
+            cursor += len(ids)
+    return positions
+
+
+@torch.inference_mode()
+def check_rewards(model, args):
+    """Stops unless the scores in a tree equal those of the model's own eager attention, each response alone."""
+    ids = ((np.arange(40) * 7919 + 11) % model.model.config.get_text_config().vocab_size).astype(np.int32)
+    branches = [ids[16:27], ids[27:]]
+    tree = {"prompt": ids[:16], "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
+    inputs = {name: value for name, value in pack_trees([tree], model.device).items() if name in ("input_ids", "position_ids", "segments")}
+    in_tree = model.body[0](**inputs, use_cache=False).last_hidden_state[0, [26, 39]]
+    model.model.set_attn_implementation("eager")
+    rows = [torch.from_numpy(np.concatenate([ids[:16], branch])).long()[None].to(model.device) for branch in branches]
+    alone = torch.cat([model.body[0](input_ids=row, use_cache=False).last_hidden_state[0, -1:] for row in rows])
+    model.model.set_attn_implementation("tree")
+    error = ((in_tree - alone).float().norm() / alone.float().norm()).item()
+    if not error < (0.1 if args.bf16 else 1e-4):
+        die(f"{type(model.model).__name__}: hidden states in a tree differ from the model's own by {error:.2g}: not supported")
+
+
+@torch.inference_mode()
+def score(trees, parts, args, rank, world_size, device):
+    """Rewards of all rows of the trees. The plan is the same at every start with as many ranks; what is done is skipped."""
+    per_pass = max(1, args.micro_batch_size // max(len(tree["rows"]) for tree in trees))
+    plan, block = [], 32 * world_size * per_pass  # planned in blocks, as split_step takes quadratic time
+    for begin in range(0, len(trees), block):
+        lengths = [tree_length(tree) for tree in trees[begin : begin + block]]
+        plan += [[trees[begin + i] for i in bin] for bin in split_step(lengths, world_size, per_pass)[rank] if bin]
+    n_rows = [sum(len(tree["rows"]) for tree in bin) for bin in plan]
+    todo = [all((i, 0) in parts.done for tree in bin for i in tree["rows"]) for bin in plan]
+    progress = Progress("rm", "rows", sum(n for n, done in zip(n_rows, todo, strict=True) if done), sum(n_rows))
+    model = RewardModel(args, device)
+    check_rewards(model, args)
+    for bin, done in zip(plan, todo, strict=True):
+        if not done:
+            rows, rewards = [i for tree in bin for i in tree["rows"]], model(bin).tolist()
+            parts.write({"id": i, "sample": 0, "reward": r} for i, r in zip(rows, rewards, strict=True))
+            progress.add(len(rows), sum(map(tree_length, bin)))
+
+
+def best_samples(rows, key):
+    """Rejection sampling: of each prompt the row with the highest reward; the first wins ties, null never wins."""
+    best = {}
+    for row in rows:
+        group = json.dumps([row.get("id"), row.get(key)], default=str)
+        if row["reward"] is not None and (group not in best or row["reward"] > best[group]["reward"]):
+            best[group] = row
+    return list(best.values())
+
+
+# --- main
+
+
+def start(args):
+    """Checks flags, finds rank and device, quiets libraries. Returns (rank, world_size, device); no process group yet."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name in "rollout_batch_size best_of_n prompt_max_len max_new_tokens micro_batch_size tp_size max_num_seqs max_len".split():
+        if getattr(args, name) < 1:
+            die(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.greedy_sampling:
+        args.temperature = 0.0
+    args.top_k = max(args.top_k, 0)  # -1 is another way to say off
+    checks = {
+        "temperature": 0 <= args.temperature <= 2,
+        "top_p": 0 < args.top_p <= 1,
+        "min_p": 0 <= args.min_p <= 1,
+        "repetition_penalty": 0 < args.repetition_penalty < math.inf,
+        "gpu_memory_utilization": 0 < args.gpu_memory_utilization <= 1,
+        "iter": args.iter is None or args.iter >= 0,
+        "max_model_len": args.max_model_len is None or args.max_model_len > 1,
+        "zero_stage": args.zero_stage in range(4),
+    }
+    for name, valid in checks.items():
+        if not valid:
+            die(f"--{name} {getattr(args, name)} is out of range")
+    if args.temperature == 0 and args.best_of_n > 1:
+        die(f"--greedy_sampling gives one answer per prompt: --best_of_n {args.best_of_n} samples would be the same")
+    check_task(args, world_size)
+    if args.input_template is not None:  # a heredoc leaves \n as two characters, and "" as two quotes
+        args.input_template = args.input_template.replace("\\n", "\n")
+        if "{}" not in args.input_template:
+            note(f"notice --input_template {args.input_template!r} has no {{}}: prompts are used as they are")
+            args.input_template = None
+    args.stop = tuple(text.replace("\\n", "\n") for text in args.stop if text)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', max(args.local_rank, 0))}"
+        torch.cuda.set_device(device)
+        return rank, world_size, device
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    return rank, world_size, "cpu"
+
+
+def check_task(args, world_size):
+    """Stops where flags do not fit the task or the output cannot be written."""
+    args.post_processor = None if args.post_processor == "null" else args.post_processor
+    if args.post_processor in ("csft", "iter_dpo"):
+        die(f"--post_processor {args.post_processor}: not available yet; there is rs")
+    if args.post_processor not in (None, "rs"):
+        die(f"--post_processor {args.post_processor}: there is rs")
+    if (args.post_processor or args.scored_path) and args.eval_task != "rm":
+        die(f"--post_processor and --scored_path belong to --eval_task rm, not {args.eval_task}")
+    if args.eval_task == "generate_vllm" and importlib.util.find_spec("vllm") is None:
+        die("vLLM is not installed: pip install -r requirements-vllm.txt, or use --eval_task generate")
+    if args.eval_task == "generate_vllm" and world_size > 1:
+        die(f"generate_vllm is one process, not {world_size}: start it with python; --tp_size spreads the model over GPUs")
+    if args.eval_task == "generate_vllm" and args.micro_batch_size != 16:
+        note("notice --micro_batch_size: not for vLLM, which fills its batches itself (--max_num_seqs)")
+    if args.zero_stage:
+        note(f"notice --zero_stage {args.zero_stage}: the model is whole on each rank")
+    inputs = {os.path.realpath(name.strip().partition("@")[0]) for name in args.dataset.split(",")}
+    for path in outputs(args):
+        if os.path.realpath(path) in inputs or Path(path).is_dir() or outputs(args).count(path) > 1:
+            die(f"{path}: cannot be written, it is {'a folder' if Path(path).is_dir() else 'in use by another flag'}")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def agree(value, world_size):
+    """Rank 0's value on every rank. The group is for this and barriers only: ranks never wait for each other's work."""
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    box = [value]
+    if world_size > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def finish(args, rows, identity, seconds):
+    """Writes the outputs and, last, what made them; then the parts go."""
+    meta, summary = Path(f"{args.output_path}.meta.json"), {"rows": len(rows)}
+    meta.unlink(missing_ok=True)
+    results = {args.output_path: rows}
+    if args.eval_task == "rm":
+        rewards = [row["reward"] for row in rows if row["reward"] is not None]
+        summary |= {"scored": len(rewards), "reward_mean": float(np.mean(rewards or [0])), "reward_std": float(np.std(rewards or [0]))}
+        if args.scored_path:
+            results[args.scored_path] = rows
+    ends = [row["finish_reason"] for row in rows if "finish_reason" in row]
+    if ends:
+        summary["finished"] = ends.count("stop") / len(ends)
+    if args.post_processor == "rs":
+        best = results[args.output_path] = best_samples(rows, args.input_key or "input")
+        summary |= {"kept": len(best), "kept_reward_mean": float(np.mean([row["reward"] for row in best] or [0]))}
+    sums = {path: write_rows(path, found) for path, found in results.items()}
+    write_atomic(meta, json.dumps({"identity": identity, "files": sums, "summary": summary}, indent=1))
+    shutil.rmtree(f"{args.output_path}.partial")
+    text = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in summary.items())
+    note(f"saved  {args.output_path}  {text}  ({datetime.timedelta(seconds=int(seconds))})")
+
+
+def main(args):
+    rank, world_size, device = start(args)
+    started = time.time()
+    tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
+    rows = load_rows(args.dataset, args.dataset_probs, args.dataset_split, args.max_samples, args.seed)
+    if args.eval_task == "rm":
+        trees = make_score_trees(rows, tokenizer, reward_config(args)[1], args)
+    else:
+        limit = context_limit(args)
+        prompts = make_prompts(rows, tokenizer, limit, args)
+    identity = identify_stage(args, tokenizer) if rank == 0 else None
+    earlier, lock = open_stage(args, identity) if rank == 0 else (None, None)
+    earlier = agree(earlier, world_size)
+    if earlier == "done":
+        return
+    parts = Parts(args, earlier, rank)
+    n_devices = world_size * (args.tp_size if args.eval_task == "generate_vllm" else 1)
+    dtype, kind = "bf16" if args.bf16 else "fp32", "GPU" if torch.cuda.is_available() else "CPU"
+    note(f"{args.eval_task:6} {Path(args.pretrain).name} {dtype} | {n_devices} x {kind}")
+    if args.eval_task == "rm":
+        score(trees, parts, args, rank, world_size, device)
+    elif args.eval_task == "generate":
+        generate(prompts, parts, tokenizer, stop_ids, limit, args, rank, world_size, device)
+    else:
+        generate_vllm(prompts, parts, tokenizer, stop_ids, limit, args)
+    parts.file.close()
+    if world_size > 1:
+        dist.barrier()
+    if rank == 0:
+        found = parts.read()
+        if args.eval_task == "rm":
+            rewards = {i: row["reward"] for (i, _), row in found.items() if math.isfinite(row["reward"])}
+            results = [{**row, "reward": rewards.get(i)} for i, (_, row) in enumerate(rows)]
+        else:
+            results = [found[p.id, k] for p in prompts for k in range(args.best_of_n)]
+        finish(args, results, identity, time.time() - started)
+        lock.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,182 @@
+#!/usr/bin/env bash
+# Generate -> score -> train, again and again. Every stage is a process of its own; its files lie in OUT/iter_k, never
+# overwritten. The same command again continues where it stopped; a changed one stops and says what changed.
+#
+#   bash iterate.sh                                  # the toy: a tiny policy, reward model and prompts, no download
+#   POLICY_MODEL_PATH=Qwen/Qwen2.5-0.5B-Instruct RM_MODEL_PATH=./my-rm PROMPT_DATASET=prompts.jsonl NUM_GPUS=8 \
+#   GENERATE_FLAGS="--input_key prompt --apply_chat_template --tp_size 8" TRAIN_FLAGS="--zero_stage 3" bash iterate.sh
+#
+# METHOD=raft (arXiv:2304.06767): the best of n samples of each prompt become the rows that sft.py trains on.
+# N iterations leave N + 1 measurements of the policy's own samples: iter_0 is the start policy, iter_N the last.
+set -euo pipefail
+
+# --- settings: environment variables
+: "${METHOD:=raft}"
+: "${OUT:=}"                # default: runs/METHOD, for the toy runs/toy
+: "${POLICY_MODEL_PATH:=}"  # where the loop starts: a folder or a hub name
+: "${RM_MODEL_PATH:=}"      # the reward model
+: "${PROMPT_DATASET:=}"     # the prompts, as batch_infer.py --dataset takes them
+: "${REF_MODEL_PATH:=}"     # the reference of methods that have one: a model, ...
+: "${REF:=}"                # ... or init (POLICY_MODEL_PATH, the default) or prev (the policy of the iteration)
+: "${TRAINING_ITERS:=3}"
+: "${ROLLOUT_BATCH_SIZE:=}" # prompts per iteration (10240, toy 256): the next slice each time, wrapping around
+: "${BEST_OF_N:=}"          # samples per prompt (4, toy 8)
+: "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
+: "${RM_FLAGS:=}"           # more flags for batch_infer.py when it scores
+: "${TRAIN_FLAGS:=}"        # more flags for the trainer
+: "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --tp_size in GENERATE_FLAGS
+: "${DRY_RUN:=0}"           # 1: print the commands, run nothing
+: "${GENERATE_OUTPUT:=}"    # when set, these three become links to the newest samples, ...
+: "${RM_OUTPUT:=}"          # ... selected rows ...
+: "${MODEL_OUTPUT_PATH:=}"  # ... and model (a folder of links)
+
+die() { echo "error: $*" >&2; exit 2; }
+notice() { echo "notice $*" >&2; }
+
+# --- checks, all of them before the first stage
+case $METHOD in
+  raft) trainer=sft.py post_processor=rs ;;
+  iter_dpo | csft | distill) die "METHOD=$METHOD is not available yet" ;;
+  *) die "METHOD=$METHOD: choose raft" ;;
+esac
+toy=
+if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET ]]; then
+  toy=${OUT:=runs/toy}/toy
+  POLICY_MODEL_PATH=$toy/policy RM_MODEL_PATH=$toy/rm PROMPT_DATASET=$toy/prompts.jsonl
+  : "${ROLLOUT_BATCH_SIZE:=256}" "${BEST_OF_N:=8}"
+  GENERATE_FLAGS="--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64 $GENERATE_FLAGS"
+  RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS"
+  TRAIN_FLAGS="--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 --learning_rate 1e-3 \
+    $TRAIN_FLAGS"
+fi
+: "${OUT:=runs/$METHOD}" "${ROLLOUT_BATCH_SIZE:=10240}" "${BEST_OF_N:=4}"
+OUT=${OUT%/}
+for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE BEST_OF_N NUM_GPUS; do
+  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} is not a whole number above 0"
+done
+[[ $DRY_RUN == [01] ]] || die "DRY_RUN=$DRY_RUN: 0 or 1"
+for name in POLICY_MODEL_PATH RM_MODEL_PATH PROMPT_DATASET REF_MODEL_PATH; do
+  [[ -n ${!name} || $name == REF_MODEL_PATH ]] || die "$name is not set (the toy runs when no path is set)"
+  paths=("${!name}")
+  [[ $name != PROMPT_DATASET ]] || IFS=, read -ra paths <<<"${!name}"
+  for path in "${paths[@]}"; do # a path of ours, or OWNER/NAME on the hub (data: with an optional @FOLDER)
+    [[ -z $path || -n $toy || -e $path ]] && continue
+    [[ ${path%%@*} =~ ^[[:alnum:]][[:alnum:]_.-]*/[[:alnum:]_.-]+$ && $path != *.@(json|jsonl|csv|parquet|arrow) ]] ||
+      die "$name: $path does not exist"
+  done
+done
+[[ $REF == @(|init|prev) ]] || die "REF=$REF: init or prev; another model is REF_MODEL_PATH"
+[[ -z $REF_MODEL_PATH || $REF != prev ]] || die "REF_MODEL_PATH and REF=prev contradict each other: set one of them"
+[[ -z $REF_MODEL_PATH$REF ]] || notice "REF_MODEL_PATH, REF: METHOD=$METHOD has no reference model"
+[[ -z ${ITER_LOG_PATH:-} ]] || notice "ITER_LOG_PATH is not used: OUT=$OUT knows which stages are done"
+for path in "$GENERATE_OUTPUT" "$RM_OUTPUT" "${MODEL_OUTPUT_PATH:+$MODEL_OUTPUT_PATH/config.json}"; do
+  [[ ! -e $path || -L $path ]] || die "$path is there and not a link of ours: choose another name for our link"
+done
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[[ $here != "$PWD" ]] || here=.
+split() { # split VARIABLE SCRIPT: its words -> the array `words`; SCRIPT must know the flags, and we not set them
+  local script=$here/$2 flag
+  [[ -f $script ]] || die "$script is missing"
+  xargs -r true <<<"${!1}" 2>/dev/null || die "$1: a quote is not closed: ${!1}"
+  mapfile -t -d '' words < <(xargs -r printf '%s\0' <<<"${!1}")
+  for flag in "${words[@]}"; do
+    [[ $flag == --* ]] || continue
+    flag=${flag#--} flag=${flag%%=*} flag=${flag//-/_}
+    case $flag in
+      pretrain | dataset | output_path | scored_path | save_path | iter | rollout_batch_size | best_of_n | post_processor)
+        die "$1: --$flag is set by iterate.sh; use its variables" ;;
+    esac
+    grep -qE "^    ($flag|${flag#no_}):|--$flag\b" "$script" || die "$1: $2 has no flag --$flag"
+  done
+}
+split GENERATE_FLAGS batch_infer.py && generate_flags=("${words[@]}")
+split RM_FLAGS batch_infer.py && rm_flags=("${words[@]}")
+split TRAIN_FLAGS "$trainer" && train_flags=("${words[@]}")
+ranks=(python)
+((NUM_GPUS == 1)) || ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+for tool in python flock "${ranks[0]}"; do command -v "$tool" >/dev/null || die "$tool is not on PATH"; done
+task=generate_vllm
+python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || task=generate
+
+if ((!DRY_RUN)); then # one run per OUT. Stages inherit the lock: one that outlives us keeps it
+  mkdir -p "$OUT" && [[ -w $OUT ]] || die "OUT=$OUT cannot be written"
+  exec {lock}>>"$OUT/.lock"
+  flock -n "$lock" || die "another run is working in OUT=$OUT"
+fi
+
+# --- running
+set -m # each stage is a process group: its ranks and engines end with it
+run() { # run COMMAND...
+  "$@" </dev/null &
+  wait $!
+}
+stop() { # stop NUMBER-OF-SIGNAL: ends the stage and whatever it started; a second signal does so at once
+  local group
+  for group in $(jobs -p); do
+    trap 'kill -KILL -- "-$group"' INT TERM HUP
+    if kill -TERM -- "-$group" 2>/dev/null; then wait "$group" || true; fi
+    kill -KILL -- "-$group" 2>/dev/null || true
+  done
+  echo "stopped; the same command continues" >&2
+  exit $((128 + $1))
+}
+trap 'stop 2' INT; trap 'stop 15' TERM; trap 'stop 1' HUP
+
+describe() { # describe COMMAND...: a flag per line; free of launcher and place of OUT; inputs from elsewhere stamped
+  local word line
+  while [[ $1 != *.py ]]; do shift; done
+  line=${1##*/}
+  for word in "${@:2}"; do
+    if [[ $word == --* ]]; then echo "$line"; line=$word; continue; fi
+    line+=" ${word/#"$OUT"\//OUT/}"
+    [[ $word == "$OUT"/* || ! -e $word ]] ||
+      line+=" ($(find -L "$word" -type f -printf '%P %s %T@\n' | sort | cksum))" # names, sizes and times of files
+  done
+  echo "$line"
+}
+ran=0 # 1 from the first stage that runs: what follows must run too (where nothing changed, the scripts do nothing)
+stage() { # stage FOLDER NAME RESULT COMMAND...: runs a command once, FOLDER/NAME.done then describes it
+  local folder=$1 name=$2 result=$3 record=$1/$2.done now code=0
+  shift 3
+  if ((DRY_RUN)); then printf '%q ' "$@"; echo; return; fi
+  now=$(describe "$@")
+  if [[ -f $record ]]; then
+    [[ $(<"$record") == "$now" ]] || die "$folder: $name was another command: $(diff "$record" - <<<"$now" |
+      sed -n 's/^< /was: /p; s/^> /now: /p' | paste -sd ' '); set it back, or choose another OUT"
+    if ((!ran)) && [[ -e $result ]]; then echo "$folder  $name: done before"; return; fi
+  fi
+  echo "$folder  $name -> $result"
+  ran=1
+  mkdir -p "$folder" && rm -f "$record"
+  run "$@" || code=$?
+  ((code == 0)) || { echo "error: $folder: $name ended with code $code" >&2; exit "$code"; }
+  echo "$now" >"$record.partial" && mv "$record.partial" "$record"
+}
+publish() { # publish TARGET LINK: LINK, when set, shows TARGET; a folder becomes a folder of links
+  [[ -n $2 ]] && ((!DRY_RUN)) || return 0
+  if [[ -d $1 ]]; then mkdir -p "$2" && ln -sfn "$(realpath "$1")"/* "$2/"; return; fi
+  mkdir -p "$(dirname "$2")" && ln -sfn "$(realpath "$1")" "$2"
+}
+
+[[ -z $toy ]] || stage "$OUT" toy "$toy/toy.json" python "$here/examples/toy.py" --out "$toy"
+policy=$POLICY_MODEL_PATH
+for ((k = 0; k <= TRAINING_ITERS; k++)); do
+  dir=$OUT/iter_$k
+  stage "$dir" generate "$dir/generate.jsonl" python "$here/batch_infer.py" --eval_task "$task" --pretrain "$policy" \
+    --dataset "$PROMPT_DATASET" --iter "$k" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --best_of_n "$BEST_OF_N" \
+    --output_path "$dir/generate.jsonl" "${generate_flags[@]}"
+  publish "$dir/generate.jsonl" "$GENERATE_OUTPUT"
+  stage "$dir" rm "$dir/rm.jsonl" "${ranks[@]}" "$here/batch_infer.py" --eval_task rm --pretrain "$RM_MODEL_PATH" \
+    --dataset "$dir/generate.jsonl" --post_processor "$post_processor" --scored_path "$dir/scored.jsonl" \
+    --output_path "$dir/rm.jsonl" "${rm_flags[@]}"
+  publish "$dir/rm.jsonl" "$RM_OUTPUT"
+  ((k < TRAINING_ITERS)) || break # the last policy is only measured
+  stage "$dir" train "$dir/model" "${ranks[@]}" "$here/$trainer" --pretrain "$policy" --dataset "$dir/rm.jsonl" \
+    --save_path "$dir/model" "${train_flags[@]}"
+  publish "$dir/model" "$MODEL_OUTPUT_PATH"
+  policy=$dir/model
+done
+report=(python "$here/examples/plot.py" --out "$OUT" --pretrain "$POLICY_MODEL_PATH")
+[[ -z $toy ]] || report+=(--score_fn "$here/examples/toy.py:true_score")
+if ((DRY_RUN)); then printf '%q ' "${report[@]}"; echo; else run "${report[@]}"; fi

@@ -1,0 +1,313 @@
+"""iterate.sh with stub scripts beside it: order, resume, changed settings, lock, signals, checks. The stages are not run."""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+# One stub stands for all scripts. It appends its argv to calls.jsonl, fails or waits where STUB_FAIL / STUB_WAIT name
+# its call as KIND:ITERATION, and writes what the real script would. The comment is what iterate.sh looks flags up in.
+STUB = '''
+"""
+    input_key: str
+    bf16: bool
+    max_new_tokens: int
+    prompt_max_len: int
+    max_len: int
+    temperature: float
+    learning_rate: float
+    train_batch_size: int
+    micro_train_batch_size: int
+    input_template: str
+    old alias: "--param_dtype"
+"""
+import json, os, sys, time
+from pathlib import Path
+flags = {a[2:]: b for a, b in zip(sys.argv[1:], sys.argv[2:] + ["--"]) if a.startswith("--")}
+script = Path(sys.argv[0]).stem
+kind = {"batch_infer": flags.get("eval_task", ""), "sft": "train"}.get(script, script)
+folder = Path(flags.get("output_path", flags.get("save_path", flags.get("out", ".")))).parent.name
+call = f"{kind}:{folder.removeprefix('iter_')}"
+with open(Path(__file__).resolve().parents[script in ("toy", "plot")] / "calls.jsonl", "a") as f:
+    f.write(json.dumps([call, sys.argv]) + "\\n")
+if os.environ.get("STUB_WAIT") == call:
+    pid = os.fork()  # a rank or an engine of the stage
+    if pid:
+        print(f"waiting {pid}", flush=True)
+    time.sleep(60)
+if os.environ.get("STUB_FAIL") == call:
+    sys.exit(7)
+if kind == "train":
+    Path(flags["save_path"]).mkdir(parents=True, exist_ok=True)
+    Path(flags["save_path"], "config.json").write_text(folder)
+elif kind == "toy":
+    Path(flags["out"]).mkdir(parents=True, exist_ok=True)
+    Path(flags["out"], "toy.json").write_text("{}")
+elif kind != "plot":
+    Path(flags["output_path"]).write_text(f"{call}\\n")
+'''
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """A folder with iterate.sh, stubs and inputs; loop.run(NAME=value, ...) runs it, loop.calls() lists and forgets."""
+    for name in ("batch_infer.py", "sft.py", "examples/toy.py", "examples/plot.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(STUB)
+    shutil.copy(REPO / "iterate.sh", tmp_path)
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy/config.json").write_text("{}")
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
+    return Loop(tmp_path)
+
+
+class Loop:
+    own = dict(POLICY_MODEL_PATH="policy", RM_MODEL_PATH="rm", PROMPT_DATASET="prompts.jsonl", OUT="out")
+
+    def __init__(self, path):
+        self.path = path
+
+    def start(self, **settings):
+        names = "METHOD REF REF_MODEL_PATH GENERATE_OUTPUT RM_OUTPUT MODEL_OUTPUT_PATH ITER_LOG_PATH".split()
+        env = {k: v for k, v in os.environ.items() if k not in names}
+        env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+        settings = {k: str(v) for k, v in {**self.own, **settings}.items() if v is not None}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            ["bash", "iterate.sh"], cwd=self.path, env={**env, **settings}, text=True, stdout=pipe, stderr=pipe
+        )
+
+    def run(self, code=0, **settings):
+        process = self.start(**settings)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, out + err
+        return out, err
+
+    def calls(self):
+        log = self.path / "calls.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    def kinds(self):
+        return [call.replace("generate_vllm", "generate") for call, _ in self.calls()]
+
+
+def stages(last, train=True):
+    """The calls of one iteration."""
+    return [f"generate:{last}", f"rm:{last}"] + [f"train:{last}"] * train
+
+
+def test_order_and_arguments(loop):
+    loop.run(TRAINING_ITERS=2, ROLLOUT_BATCH_SIZE=16, BEST_OF_N=3, RM_FLAGS="--max_len 9")
+    calls = loop.calls()
+    kinds = [call.replace("generate_vllm", "generate") for call, _ in calls]
+    assert kinds == [*stages(0), *stages(1), *stages(2, train=False), "plot:"]
+    generate, rm, train = (argv for _, argv in calls[3:6])
+    for pair in ("--pretrain out/iter_0/model", "--iter 1", "--rollout_batch_size 16", "--best_of_n 3"):
+        assert pair in " ".join(generate)
+    assert " ".join(rm).endswith(
+        "--eval_task rm --pretrain rm --dataset out/iter_1/generate.jsonl --post_processor rs"
+        " --scored_path out/iter_1/scored.jsonl --output_path out/iter_1/rm.jsonl --max_len 9"
+    )
+    assert " ".join(train[1:]) == (
+        "--pretrain out/iter_0/model --dataset out/iter_1/rm.jsonl --save_path out/iter_1/model"
+    )
+    assert "--pretrain policy" in " ".join(calls[0][1])
+
+
+def test_no_settings_is_the_toy(loop):
+    out, _ = loop.run(POLICY_MODEL_PATH=None, RM_MODEL_PATH=None, PROMPT_DATASET=None, OUT=None)
+    calls = loop.calls()
+    assert [call for call, _ in calls][0] == "toy:toy"
+    assert len(calls) == 1 + 3 * 3 + 2 + 1
+    assert "--pretrain runs/toy/toy/policy" in " ".join(calls[1][1])
+    assert calls[-1][1][-1].endswith("examples/toy.py:true_score")
+    assert (loop.path / "runs/toy/iter_3/rm.jsonl").exists()
+
+
+def test_user_flags_come_last_and_keep_quotes(loop):
+    loop.run(TRAINING_ITERS=1, TRAIN_FLAGS='--input_template "User: {}" \n --learning_rate 1e-3 --no-bf16')
+    train = loop.calls()[2][1]
+    assert train[-5:] == ["--input_template", "User: {}", "--learning_rate", "1e-3", "--no-bf16"]
+
+
+def test_resume_after_failure(loop):
+    _, err = loop.run(code=7, TRAINING_ITERS=2, STUB_FAIL="rm:1")
+    assert err == "error: out/iter_1: rm ended with code 7\n"
+    assert loop.kinds() == [*stages(0), "generate:1", "rm:1"]
+    out, _ = loop.run(TRAINING_ITERS=2)
+    assert loop.kinds() == ["rm:1", "train:1", *stages(2, train=False), "plot:"]
+    assert "out/iter_0  train: done before" in out
+    loop.run(TRAINING_ITERS=2)
+    assert loop.kinds() == ["plot:"]
+
+
+def test_more_iterations_continue(loop):
+    loop.run(TRAINING_ITERS=1)
+    loop.calls()
+    loop.run(TRAINING_ITERS=2)
+    assert loop.kinds() == ["train:1", *stages(2, train=False), "plot:"]
+
+
+def test_what_follows_a_deleted_result_runs_again(loop):
+    loop.run(TRAINING_ITERS=1)
+    loop.calls()
+    (loop.path / "out/iter_0/rm.jsonl").unlink()
+    loop.run(TRAINING_ITERS=1)
+    assert loop.kinds() == ["rm:0", "train:0", *stages(1, train=False), "plot:"]
+
+
+def test_changed_setting_stops(loop):
+    loop.run(TRAINING_ITERS=1, TRAIN_FLAGS="--learning_rate 1e-3")
+    loop.calls()
+    _, err = loop.run(code=2, TRAINING_ITERS=1, TRAIN_FLAGS="--learning_rate 2e-3")
+    assert "out/iter_0: train was another command" in err
+    assert "was: --learning_rate 1e-3 now: --learning_rate 2e-3" in err
+    assert loop.calls() == []
+    _, err = loop.run(code=2, TRAINING_ITERS=1, TRAIN_FLAGS="--learning_rate 1e-3", BEST_OF_N=5)
+    assert "was: --best_of_n 4 now: --best_of_n 5" in err
+
+
+def test_changed_input_file_stops(loop):
+    loop.run(TRAINING_ITERS=1)
+    (loop.path / "prompts.jsonl").write_text("{}\n{}\n")
+    _, err = loop.run(code=2, TRAINING_ITERS=1)
+    assert "generate was another command: was: --dataset prompts.jsonl" in err
+
+
+def test_moved_out_and_other_launcher_continue(loop):
+    loop.run(TRAINING_ITERS=1)
+    loop.calls()
+    (loop.path / "out").rename(loop.path / "moved")
+    launcher = loop.path / "bin/deepspeed"
+    launcher.parent.mkdir()
+    launcher.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} "$@"\n')
+    launcher.chmod(0o755)
+    path = f"{launcher.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    loop.run(TRAINING_ITERS=1, OUT=loop.path / "moved", NUM_GPUS=2, PATH=path)
+    assert loop.kinds() == ["plot:"]
+
+
+def test_second_run_in_the_same_out_stops(loop):
+    (loop.path / "out").mkdir()
+    with open(loop.path / "out/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _, err = loop.run(code=2)
+    assert err == "error: another run is working in OUT=out\n"
+    assert loop.calls() == []
+
+
+def wait_for_stage(process):
+    """Reads the console until the stub waits; returns the pid of the child it started."""
+    for line in process.stdout:
+        if line.startswith("waiting"):
+            return int(line.split()[1])
+    raise AssertionError(process.stderr.read())
+
+
+def is_gone(pid):
+    """No such process, or a zombie that nobody has buried yet."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_the_stage_with_its_children(loop, number):
+    process = loop.start(TRAINING_ITERS=1, STUB_WAIT="train:0")
+    child = wait_for_stage(process)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert is_gone(child)
+    loop.calls()
+    loop.run(TRAINING_ITERS=1)
+    assert loop.kinds() == ["train:0", *stages(1, train=False), "plot:"]
+
+
+def test_a_stage_that_outlives_the_loop_keeps_the_lock(loop):
+    process = loop.start(TRAINING_ITERS=1, STUB_WAIT="rm:0")
+    child = wait_for_stage(process)
+    process.kill()
+    process.wait()
+    try:
+        _, err = loop.run(code=2)
+        assert "another run is working" in err
+    finally:
+        os.killpg(os.getpgid(child), signal.SIGKILL)
+    process.communicate(timeout=20)
+    loop.run(TRAINING_ITERS=1)
+
+
+def test_dry_run_prints_commands_and_runs_nothing(loop):
+    flags = "--input_template 'User: {}'"
+    out, _ = loop.run(DRY_RUN=1, TRAINING_ITERS=2, NUM_GPUS=2, TRAIN_FLAGS=flags, DS=1)
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert len(lines) == 3 * 2 + 2 + 1
+    assert [line[0] for line in lines[:3]] == ["python", "deepspeed", "deepspeed"]
+    assert lines[2][-2:] == ["--input_template", "User: {}"]
+    assert loop.calls() == [] and not (loop.path / "out").exists()
+
+
+def test_links_to_the_newest(loop):
+    links = dict(GENERATE_OUTPUT="old/generate.jsonl", RM_OUTPUT="old/rm.jsonl", MODEL_OUTPUT_PATH="old")
+    _, err = loop.run(TRAINING_ITERS=2, ITER_LOG_PATH="old/iter.log", **links)
+    assert "ITER_LOG_PATH is not used" in err
+    old = loop.path / "old"
+    assert old.joinpath("generate.jsonl").resolve() == loop.path / "out/iter_2/generate.jsonl"
+    assert old.joinpath("rm.jsonl").resolve() == loop.path / "out/iter_2/rm.jsonl"
+    assert old.joinpath("config.json").read_text() == "iter_1"
+    loop.run(TRAINING_ITERS=2, **links)
+    old.joinpath("rm.jsonl").unlink()
+    old.joinpath("rm.jsonl").write_text("mine")
+    _, err = loop.run(code=2, TRAINING_ITERS=2, **links)
+    assert "old/rm.jsonl is there and not a link of ours" in err
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(METHOD="iter_dpo"), "METHOD=iter_dpo is not available yet"),
+        (dict(METHOD="ppo"), "METHOD=ppo: choose raft"),
+        (dict(TRAINING_ITERS="three"), "TRAINING_ITERS=three is not a whole number above 0"),
+        (dict(BEST_OF_N="0"), "BEST_OF_N=0 is not a whole number above 0"),
+        (dict(NUM_GPUS="-1"), "NUM_GPUS=-1 is not"),
+        (dict(DRY_RUN="yes"), "DRY_RUN=yes: 0 or 1"),
+        (dict(RM_MODEL_PATH=None), "RM_MODEL_PATH is not set"),
+        (dict(POLICY_MODEL_PATH="./nowhere"), "POLICY_MODEL_PATH: ./nowhere does not exist"),
+        (dict(PROMPT_DATASET="prompts.jsonl,data/absent.jsonl"), "PROMPT_DATASET: data/absent.jsonl does not exist"),
+        (dict(REF="last"), "REF=last: init or prev"),
+        (dict(REF="prev", REF_MODEL_PATH="policy"), "REF_MODEL_PATH and REF=prev contradict each other"),
+        (dict(OUT="prompts.jsonl"), "OUT=prompts.jsonl cannot be written"),
+        (dict(TRAIN_FLAGS="--learning_rat 1e-3"), "TRAIN_FLAGS: sft.py has no flag --learning_rat"),
+        (dict(TRAIN_FLAGS="--save_path x"), "TRAIN_FLAGS: --save_path is set by iterate.sh"),
+        (dict(RM_FLAGS="--output-path=x"), "RM_FLAGS: --output_path is set by iterate.sh"),
+        (dict(GENERATE_FLAGS="--input_template 'x"), "GENERATE_FLAGS: a quote is not closed"),
+    ],
+)
+def test_bad_settings_stop_before_the_first_stage(loop, settings, message):
+    _, err = loop.run(code=2, **settings)
+    assert message in err and err.count("\n") == 1
+    assert loop.calls() == [] and not (loop.path / "out/iter_0").exists()
+
+
+def test_hub_names_and_aliases_pass(loop):
+    loop.run(
+        DRY_RUN=1,
+        POLICY_MODEL_PATH="Qwen/Qwen2.5-0.5B-Instruct",
+        PROMPT_DATASET="owner/prompts@sub/folder,prompts.jsonl",
+        TRAIN_FLAGS="--param_dtype bf16 --max-len=9",
+    )
