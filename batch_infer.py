@@ -35,7 +35,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
@@ -58,38 +57,38 @@ class Args:
     """generate_vllm: sample with vLLM; generate: sample with Hugging Face, on any machine; rm: score rows."""
     # model
     pretrain: str
-    """The model to run, for rm the reward model: a Hugging Face folder or hub name."""
+    """The model to train: a Hugging Face folder or hub name."""
     output_path: str
     """The .jsonl to write. The output of another command is replaced."""
     bf16: bool = True
-    """bf16 weights; --no-bf16 runs in fp32."""
+    """bf16 weights with fp32 master weights; --no-bf16 trains in fp32."""
     flash_attn: bool = False
-    """Accepted for old commands: on a GPU attention is always torch's own FlashAttention."""
+    """Accepted for old commands: on a GPU attention is torch's own FlashAttention in any case."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     tokenizer_chat_template: str | None = None
-    """A Jinja chat template, or a file with one, in place of the tokenizer's own."""
+    """A Jinja chat template, or a .jinja file with one, in place of the tokenizer's own."""
     value_head_prefix: str = "value_head"
     """rm: name of an OpenRLHF reward head in the checkpoint; value_head_prefix in the model's config.json goes first."""
     # data
     dataset: str = ""
-    """Rows: comma list of .jsonl/.json/.csv/.parquet/.arrow files, folders or hub names (NAME@DATA_DIR for a sub-folder)."""
+    """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@DATA_DIR)."""
     dataset_probs: str | None = None
-    """Comma list of mixing probabilities for --dataset; smaller sets repeat until all are used. Default: all rows once."""
+    """Comma list of shares that the datasets get of an epoch of the same size. Default: every row once."""
     dataset_split: str = "train"
-    """Split of --dataset to read, where it has splits."""
+    """Split of --dataset, where it has splits."""
     max_samples: int = 100_000_000
     """Use the first this many rows of each dataset."""
     max_drop_ratio: float = 0.05
     """Stop when more than this share of the rows cannot be used."""
     input_key: str | None = None
-    """Column of the prompt: text or messages. Default: recognised (input, prompt, instruction, question, messages, ...)."""
+    """Column of the prompt, text or messages. Default: a known layout (input, prompt, messages, ...)."""
     output_key: str | None = None
-    """rm: column of the response. Without it, input_key holds whole conversations."""
+    """Column of the response. Without it, input_key holds conversations (or texts, with --pretrain_mode)."""
     input_template: str | None = None
     """Format of a plain text prompt, such as "User: {}\\nAssistant: "."""
     apply_chat_template: bool = False
-    """Wrap plain text as chat messages; for rm of generated rows: render their messages in the reward model's own template."""
+    """Wrap plain text rows as one user and one assistant turn in the tokenizer's chat template."""
     iter: int | None = None
     """Iteration k: use only rows k x rollout_batch_size and on, starting over at the end. Default: all rows."""
     rollout_batch_size: int = 2048
@@ -116,7 +115,7 @@ class Args:
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are not part of it."""
     seed: int = 42
-    """Seed of everything random: mixing of datasets, samples."""
+    """Seed of everything random: data order, LoRA's start and dropout."""
     # speed
     micro_batch_size: int = 16
     """generate: prompts, rm: responses per forward pass and rank; changes speed and memory, never the result. Not for vLLM."""
@@ -131,12 +130,12 @@ class Args:
     enable_prefix_caching: bool = False
     """Accepted for old commands: vLLM always computes a prompt once for all its samples."""
     zero_stage: int = 0
-    """Accepted for old commands: the model is whole on each rank."""
+    """DeepSpeed ZeRO: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
     local_rank: int = -1
     """Set by the deepspeed launcher."""
     # scoring
     max_len: int = 2048
-    """rm: rows with more tokens of prompt + response get no reward."""
+    """Tokens of prompt + response; a longer response is cut, a row with a prompt that long is dropped."""
     post_processor: str | None = None
     """What --output_path holds after rm: rs = the best sample of each prompt. Default: all rows."""
     scored_path: str | None = None
@@ -159,7 +158,7 @@ def die(message):
 
 
 def read_json(path):
-    """Rows of a .jsonl (one object per line) or .json (a list of objects) file, each as ("file:line", row)."""
+    """Rows of a .jsonl (an object per line) or .json (a list of objects) file, each as ("file:line", row)."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -182,7 +181,7 @@ def read_json(path):
 
 
 def read_table(name, split):
-    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name with an optional @DATA_DIR."""
+    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@DATA_DIR)."""
     path, _, data_dir = name.partition("@")
     kind = Path(path).suffix[1:]
     if kind in ("json", "jsonl"):
@@ -206,31 +205,27 @@ def read_table(name, split):
 
 
 def load_rows(names, probs, split, max_samples):
-    """Rows of a comma list of datasets, one after another; probs: the share that each gets of as many rows."""
-    tables = [read_table(name.strip(), split)[:max_samples] for name in names.split(",")]
-    if not all(tables):
-        die(f"dataset {names.split(',')[tables.index([])]!r}: no rows")
-    sizes = [len(table) for table in tables]
+    """Rows of a comma list of datasets, one after another; probs: the share that each gets."""
+    names = [name.strip() for name in names.split(",")]
+    tables = [read_table(name, split)[:max_samples] for name in names]
+    if [] in tables:
+        die(f"dataset {names[tables.index([])]!r}: no rows")
+    sizes = list(map(len, tables))
     if probs is not None and len(tables) > 1:
-        try:
-            sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
-        except ValueError:
-            die(f"--dataset_probs {probs}: not numbers")
+        sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
         if len(sizes) != len(tables):
             die(f"--dataset_probs has {len(sizes)} values for {len(tables)} datasets")
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
 
 def find_keys(rows, given, flags, layouts):
-    """The columns to read: those that flags name (None: not given), else the first layout that the first row has."""
+    """The columns to read: those that flags name (None: not given), else the first layout that row 1 fits."""
     where, row = rows[0]
     for key, flag in zip(given, flags, strict=True):
         if key and key not in row:
             die(f"{where}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    fitting = [given] if any(given) else [keys for keys in layouts if all(k is None or k in row for k in keys)]
-    if not fitting:
-        die(f"{where}: no known layout in columns {', '.join(row)}: name them with {', '.join(flags)}")
-    return fitting[0]
+    fits = [given] if any(given) else [keys for keys in layouts if {*keys} - {None} <= {*row}]
+    return fits[0] if fits else die(f"{where}: columns {', '.join(row)}: which? use: {' '.join(flags)}")
 
 
 # --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether EOS may
@@ -239,19 +234,17 @@ def find_keys(rows, given, flags, layouts):
 
 def load_tokenizer(path, args):
     """(tokenizer, ids that end a turn) of a model."""
-    from transformers import AutoTokenizer, GenerationConfig
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form (for offsets)'}")
+        die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form'}")
     if args.tokenizer_chat_template:
         template = args.tokenizer_chat_template
         tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
     try:
-        stops = GenerationConfig.from_pretrained(path).eos_token_id
+        stops = transformers.GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the model has no generation_config.json
         stops = None
     return tokenizer, {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
@@ -275,8 +268,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the rendering of the turns before it with a generation prompt, so the trained prompt is the
-    one that generation sees. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: what is trained is what is to
+    be generated. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -284,10 +277,9 @@ def chat_text(tokenizer, messages, multiturn):
     messages = messages[: turns[-1] + 1]
     full = tokenizer.apply_chat_template(messages, tokenize=False)
     if "% generation" in tokenizer.chat_template.replace("%-", "%"):
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        template = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map}
-        marks = render_jinja_template([messages], return_assistant_tokens_mask=True, **template)[1][0]
+        options = {"chat_template": tokenizer.chat_template, "return_assistant_tokens_mask": True}
+        options |= tokenizer.special_tokens_map
+        marks = transformers.utils.chat_template_utils.render_jinja_template([messages], **options)[1][0]
         return full, marks if multiturn else marks[-1:], True, False
     spans = []
     for i in turns if multiturn else turns[-1:]:
@@ -303,11 +295,12 @@ def chat_text(tokenizer, messages, multiturn):
 def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=False):
     """The rendered text of a prompt and its response, each text or messages (response []: prompt holds both).
 
-    finish_reason marks a row of batch_infer.py, whose prompt is text as the model saw it, template and BOS included.
+    finish_reason marks a row of batch_infer.py: its prompt is text as the model saw it, template and BOS in.
     """
     chat = args.apply_chat_template and finish_reason is None
     if chat or isinstance(prompt, list) or isinstance(response, list):
-        return chat_text(tokenizer, as_messages(prompt, "user") + as_messages(response, "assistant"), multiturn)
+        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+        return chat_text(tokenizer, messages, multiturn)
     if not isinstance(prompt, str) or not isinstance(response, str):
         raise ValueError("prompt or response is not text")
     if args.input_template and finish_reason is None:
@@ -319,13 +312,13 @@ def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=Fals
 def label_tokens(rendered, tokenizer, stop_ids, max_len):
     """(input_ids, trained), int32 and bool arrays [T], of a rendered text.
 
-    The whole text is tokenised at once; a token belongs to a span if it ends inside it. Nothing behind a turn's stop
-    token is trained; EOS is appended to a finished response that has none. Cut at max_len, which also cuts EOS.
+    The text is tokenised as a whole; a token belongs to a span if it ends inside it. Nothing behind a turn's
+    stop token is trained; a finished response without one gets EOS. Cut at max_len, EOS as well.
     """
     text, spans, finished, bos = rendered
     encoded = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # without an EOS that the tokenizer itself appends
+    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # less the EOS some tokenizers append
     ids, offsets = encoded["input_ids"][:n], offsets[:n]
     if n > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
         ids, offsets = ids[1:], offsets[1:]
@@ -502,25 +495,22 @@ def tree_length(tree):
 
 
 def split_step(lengths, world_size, max_examples, max_tokens=None):
-    """Splits a step's examples (lengths in tokens) over ranks and forward passes: longest first, into the lightest bin.
+    """Splits a step's examples (lengths in tokens) over ranks and passes: the longest into the lightest bin.
 
-    Returns bins[rank][i], lists of indices; every rank has as many bins, the heaviest first. A bin holds at most
-    max_examples, or max_tokens if that is given; it is empty only where there are fewer examples than bins.
+    Returns bins[rank][i], lists of indices; every rank has as many, its heaviest first. A bin holds at most
+    max_examples, or max_tokens if that is given; it is empty only where examples are fewer than bins.
     """
-    share = sum(lengths) / max_tokens if max_tokens else len(lengths) / max_examples
-    n_bins = math.ceil(share / world_size) * world_size
+    room = [n / max_tokens if max_tokens else 1 / max_examples for n in lengths]  # shares of a bin
+    n_bins = math.ceil(sum(room) / world_size - 1e-6) * world_size
     while True:
-        bins, load = [[] for _ in range(n_bins)], [0] * n_bins
+        bins, used, load = [[] for _ in range(n_bins)], [0.0] * n_bins, [0] * n_bins
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if max_tokens:
-                room = [b for b in range(n_bins) if not bins[b] or load[b] + lengths[i] <= max_tokens]
-            else:
-                room = [b for b in range(n_bins) if len(bins[b]) < max_examples]
-            if not room:
+            fits = [b for b in range(n_bins) if not bins[b] or used[b] + room[i] < 1 + 1e-6]
+            if not fits:
                 break
-            lightest = min(room, key=load.__getitem__)
+            lightest = min(fits, key=load.__getitem__)
             bins[lightest].append(i)
-            load[lightest] += lengths[i]
+            used[lightest], load[lightest] = used[lightest] + room[i], load[lightest] + lengths[i]
         else:
             heaviest_first = sorted(range(n_bins), key=lambda b: -load[b])
             return [[bins[b] for b in heaviest_first[rank::world_size]] for rank in range(world_size)]
@@ -530,10 +520,10 @@ def split_step(lengths, world_size, max_examples, max_tokens=None):
 def pack_trees(trees, device):
     """Lays trees end to end in one row of T tokens, no padding: a prompt, its responses, the next prompt, ...
 
-    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), the queries of a response and their prompt. The first
-    response simply continues its prompt, as one causal segment without prefix. positions [N]: the hidden state that
-    predicts each trained token - the LAST prompt token predicts the first of EVERY response. targets [N]: the token;
-    owners [N]: the index of its response in the pack.
+    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a first
+    response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden state
+    that predicts each trained token (the LAST prompt token predicts the first of EVERY response). targets [N]:
+    that token. owners [N]: the index of its response in the pack.
     """
     input_ids, position_ids, spans, positions, targets, owners = [], [], [], [], [], []
     cursor = 0
@@ -577,29 +567,31 @@ def pack_trees(trees, device):
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Attention that follows the trees of pack_trees, for any Hugging Face model: attn_implementation "tree".
 
-    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees its prefix
-    and its own segment up to itself; a sliding window counts positions, which run on from prefix to segment.
+    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees its
+    prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
     """
     segments, softcap = options.pop("segments", None), options.pop("softcap", None)
     window = (options.pop("sliding_window", None) or 0) - 1  # -1: unlimited
-    harmless = ("position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "return_dict")
+    harmless = ("position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
     if unknown or attention_mask is not None or segments is None:
-        die(f"{type(module).__name__} needs {', '.join(unknown) or 'a mask'}, which tree_attention does not compute")
+        die(f"{type(module).__name__} needs {', '.join(unknown) or 'a mask'}, which tree_attention cannot do")
     if query.is_cuda and query.dtype != torch.float32 and softcap is None:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         k, v = k[segments["keys"]], v[segments["keys"]]
         sizes = [segments[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
-        return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)[None], None
+        out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
+        return out[None], None
     outputs = []
     for q_start, q_end, p_start, p_end in segments["spans"]:
         q = query[:, :, q_start:q_end]
         k, v = (torch.cat([x[:, :, p_start:p_end], x[:, :, q_start:q_end]], 2) for x in (key, value))
         n_q, n_k, mask = q.shape[2], k.shape[2], None
         if n_q < n_k or 0 <= window < n_k or softcap is not None:
-            distance = torch.arange(n_k - n_q, n_k, device=q.device)[:, None] - torch.arange(n_k, device=q.device)
+            at = torch.arange(n_k, device=q.device)
+            distance = at[n_k - n_q :, None] - at
             mask = (distance >= 0) & (distance <= (window if window >= 0 else n_k))
         if softcap is None:
             causal = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
@@ -615,7 +607,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
 
 
 def fingerprint(names):
-    """Identity of a model or of datasets (comma list): sha256 of the contents of files and folders, or the hub name."""
+    """Identity of a model or datasets (comma list): sha256 over the contents of the files, or a hub name."""
     if "," in names:
         return ",".join(fingerprint(name) for name in names.split(","))
     path = Path(names.strip().partition("@")[0])
@@ -623,7 +615,7 @@ def fingerprint(names):
         return names
     is_model = (path / "config.json").exists()
     patterns = ("model*.safetensors*", "*config.json", "tokenizer*", "*.jinja") if is_model else ("**/*",)
-    files = {p for pattern in patterns for p in path.glob(pattern) if p.is_file()} if path.is_dir() else {path}
+    files = {p for pattern in patterns for p in path.glob(pattern) if p.is_file()} or {path}
     return hashlib.sha256("".join(sha256_all(sorted(files))).encode()).hexdigest()
 
 
@@ -644,7 +636,8 @@ def write_atomic(path, text):
 
 def difference(old, new):
     """In which keys two identities differ, with both values."""
-    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k))
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in changed)[:300]
 
 
 def write_rows(path, rows):
@@ -933,13 +926,11 @@ def generate(prompts, parts, tokenizer, stop_ids, limit, args, rank, world_size,
 
 def load_model(path, args):
     """The causal LM with tree attention, every weight from the checkpoint, dropout off."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register("tree", tree_attention)
+    transformers.AttentionInterface.register("tree", tree_attention)
     options = {"attn_implementation": "tree", "dtype": torch.bfloat16 if args.bf16 else torch.float32}
     options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError) as e:
         die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
@@ -1115,6 +1106,7 @@ def start(args):
         device = f"cuda:{os.environ.get('LOCAL_RANK', max(args.local_rank, 0))}"
         torch.cuda.set_device(device)
         return rank, world_size, device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return rank, world_size, "cpu"
 
@@ -1180,7 +1172,7 @@ def main(args):
     rank, world_size, device = start(args)
     started = time.time()
     tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
-    rows = load_rows(args.dataset, args.dataset_probs, args.dataset_split, args.max_samples, args.seed)
+    rows = load_rows(args.dataset, args.dataset_probs, args.dataset_split, args.max_samples)
     if args.eval_task == "rm":
         trees = make_score_trees(rows, tokenizer, reward_config(args)[1], args)
     else:

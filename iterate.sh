@@ -100,14 +100,17 @@ task=generate_vllm
 python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || task=generate
 
 if ((!DRY_RUN)); then # one run per OUT. Stages inherit the lock: one that outlives us keeps it
-  mkdir -p "$OUT" && [[ -w $OUT ]] || die "OUT=$OUT cannot be written"
+  mkdir -p "$OUT" 2>/dev/null && [[ -w $OUT ]] || die "OUT=$OUT cannot be written"
   exec {lock}>>"$OUT/.lock"
-  flock -n "$lock" || die "another run is working in OUT=$OUT"
+  flock -w 1 "$lock" || die "another run is working in OUT=$OUT"
 fi
 
 # --- running
 set -m # each stage is a process group: its ranks and engines end with it
-run() { # run COMMAND...
+run() { # run COMMAND...: in a group of its own; DRY_RUN: prints it
+  local line
+  printf -v line ' %q' "$@"
+  if ((DRY_RUN)); then echo "${line:1}"; return; fi
   "$@" </dev/null &
   wait $!
 }
@@ -139,7 +142,7 @@ ran=0 # 1 from the first stage that runs: what follows must run too (where nothi
 stage() { # stage FOLDER NAME RESULT COMMAND...: runs a command once, FOLDER/NAME.done then describes it
   local folder=$1 name=$2 result=$3 record=$1/$2.done now code=0
   shift 3
-  if ((DRY_RUN)); then printf '%q ' "$@"; echo; return; fi
+  if ((DRY_RUN)); then run "$@"; return; fi
   now=$(describe "$@")
   if [[ -f $record ]]; then
     [[ $(<"$record") == "$now" ]] || die "$folder: $name was another command: $(diff "$record" - <<<"$now" |
@@ -179,4 +182,4 @@ for ((k = 0; k <= TRAINING_ITERS; k++)); do
 done
 report=(python "$here/examples/plot.py" --out "$OUT" --pretrain "$POLICY_MODEL_PATH")
 [[ -z $toy ]] || report+=(--score_fn "$here/examples/toy.py:true_score")
-if ((DRY_RUN)); then printf '%q ' "${report[@]}"; echo; else run "${report[@]}"; fi
+run "${report[@]}"

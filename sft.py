@@ -1,28 +1,29 @@
 """Supervised fine-tuning (SFT) in one file.
 
-    loss = - sum_t log pi(y_t | x, y_<t) / N        N = all trained tokens of the optimiser step, over all ranks
+    loss = - sum_t log pi(y_t | x, y_<t) / N      N = all trained tokens of the optimiser step, over all ranks
 
 Deviations from the usual trainer:
- 1. The mean is over the tokens of the whole step: how the step is split (micro-batch, ranks, packing, ZeRO) never matters.
+ 1. The mean is over the whole step, so its split (micro-batch, ranks, packing, ZeRO stage) never matters.
  2. No padding: a micro-batch is one row of examples laid end to end, and attention follows the examples.
  3. No logits: the LM head runs in chunks, over trained tokens only.
- 4. EOS is a token id, trained only where the response is complete (not cut by --max_len, not finish_reason "length").
+ 4. EOS is a token id, trained only where the response is complete (not cut by --max_len or the sampler).
 
 A data row, one of (other columns: --input_key, --output_key):
     {"input": "Q: 2+2?\\nA:", "output": " 4"}
     {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
 
 Commands:
-    python sft.py --pretrain MODEL --dataset rows.jsonl --save_path runs/sft                     # one GPU, or a CPU
+    python sft.py --pretrain MODEL --dataset rows.jsonl --save_path runs/sft           # one GPU, or a CPU
     deepspeed --num_gpus 8 sft.py --pretrain MODEL --dataset rows.jsonl --zero_stage 3 --packing_samples
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sft.py ...   # on both nodes
-    python sft.py --pretrain runs/raft/toy/policy_init --dataset runs/raft/toy/sft.jsonl --no-bf16     # smoke run
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sft.py ...
+    python sft.py --pretrain runs/toy/toy/policy_init --dataset runs/toy/toy/sft.jsonl --no-bf16   # smoke run
 """
 
 import collections
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -43,6 +45,10 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
+import deepspeed
+import transformers
 
 
 @dataclass
@@ -70,17 +76,17 @@ class Args:
     dataset: str = ""
     """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@DATA_DIR)."""
     dataset_probs: str | None = None
-    """Comma list of shares that the datasets get in an epoch of the same total size. Default: every row once."""
+    """Comma list of shares that the datasets get of an epoch of the same size. Default: every row once."""
     dataset_split: str = "train"
     """Split of --dataset, where it has splits."""
     max_samples: int = 100_000_000
     """Use the first this many rows of each dataset."""
     max_len: int = 2048
-    """Tokens of prompt + response; a longer response is cut, a row whose prompt alone is longer is dropped."""
+    """Tokens of prompt + response; a longer response is cut, a row with a prompt that long is dropped."""
     max_drop_ratio: float = 0.05
     """Stop when more than this share of the rows cannot be used."""
     input_key: str | None = None
-    """Column of the prompt, text or messages. Default: a known layout (input, prompt, messages, question, ...)."""
+    """Column of the prompt, text or messages. Default: a known layout (input, prompt, messages, ...)."""
     output_key: str | None = None
     """Column of the response. Without it, input_key holds conversations (or texts, with --pretrain_mode)."""
     input_template: str | None = None
@@ -94,12 +100,10 @@ class Args:
     # optimisation
     learning_rate: float = 5e-6
     """Peak learning rate of AdamW."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
-        "cosine_with_min_lr"
-    )
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine_with_min_lr"
     """Learning rate after the warm-up."""
     lr_warmup_ratio: float = 0.03
-    """Share of all steps with linear warm-up (not with constant)."""
+    """Share of all steps with linear warm-up."""
     min_lr_ratio: float = 0.1
     """Final learning rate of cosine_with_min_lr, relative to the peak."""
     l2: float = 0.0
@@ -163,7 +167,7 @@ def die(message):
 
 
 def read_json(path):
-    """Rows of a .jsonl (one object per line) or .json (a list of objects) file, each as ("file:line", row)."""
+    """Rows of a .jsonl (an object per line) or .json (a list of objects) file, each as ("file:line", row)."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -186,7 +190,7 @@ def read_json(path):
 
 
 def read_table(name, split):
-    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name with an optional @DATA_DIR."""
+    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@DATA_DIR)."""
     path, _, data_dir = name.partition("@")
     kind = Path(path).suffix[1:]
     if kind in ("json", "jsonl"):
@@ -210,52 +214,46 @@ def read_table(name, split):
 
 
 def load_rows(names, probs, split, max_samples):
-    """Rows of a comma list of datasets, one after another; probs: the share that each gets of as many rows."""
-    tables = [read_table(name.strip(), split)[:max_samples] for name in names.split(",")]
-    if not all(tables):
-        die(f"dataset {names.split(',')[tables.index([])]!r}: no rows")
-    sizes = [len(table) for table in tables]
+    """Rows of a comma list of datasets, one after another; probs: the share that each gets."""
+    names = [name.strip() for name in names.split(",")]
+    tables = [read_table(name, split)[:max_samples] for name in names]
+    if [] in tables:
+        die(f"dataset {names[tables.index([])]!r}: no rows")
+    sizes = list(map(len, tables))
     if probs is not None and len(tables) > 1:
-        try:
-            sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
-        except ValueError:
-            die(f"--dataset_probs {probs}: not numbers")
+        sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
         if len(sizes) != len(tables):
             die(f"--dataset_probs has {len(sizes)} values for {len(tables)} datasets")
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
 
 def find_keys(rows, given, flags, layouts):
-    """The columns to read: those that flags name (None: not given), else the first layout that the first row has."""
+    """The columns to read: those that flags name (None: not given), else the first layout that row 1 fits."""
     where, row = rows[0]
     for key, flag in zip(given, flags, strict=True):
         if key and key not in row:
             die(f"{where}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    fitting = [given] if any(given) else [keys for keys in layouts if all(k is None or k in row for k in keys)]
-    if not fitting:
-        die(f"{where}: no known layout in columns {', '.join(row)}: name them with {', '.join(flags)}")
-    return fitting[0]
+    fits = [given] if any(given) else [keys for keys in layouts if {*keys} - {None} <= {*row}]
+    return fits[0] if fits else die(f"{where}: columns {', '.join(row)}: which? use: {' '.join(flags)}")
 
 
-# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether EOS may
-# follow the last, whether the tokenizer's own BOS belongs in front. A ValueError says why a row cannot be used.
+# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether
+# EOS may follow, whether the tokenizer's BOS belongs in front. A ValueError says why a row cannot be used.
 
 
 def load_tokenizer(path, args):
     """(tokenizer, ids that end a turn) of a model."""
-    from transformers import AutoTokenizer, GenerationConfig
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form (for offsets)'}")
+        die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form'}")
     if args.tokenizer_chat_template:
         template = args.tokenizer_chat_template
         tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
     try:
-        stops = GenerationConfig.from_pretrained(path).eos_token_id
+        stops = transformers.GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the model has no generation_config.json
         stops = None
     return tokenizer, {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
@@ -279,8 +277,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the rendering of the turns before it with a generation prompt, so the trained prompt is the
-    one that generation sees. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: what is trained is what is to
+    be generated. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -288,10 +286,9 @@ def chat_text(tokenizer, messages, multiturn):
     messages = messages[: turns[-1] + 1]
     full = tokenizer.apply_chat_template(messages, tokenize=False)
     if "% generation" in tokenizer.chat_template.replace("%-", "%"):
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        template = {"chat_template": tokenizer.chat_template, **tokenizer.special_tokens_map}
-        marks = render_jinja_template([messages], return_assistant_tokens_mask=True, **template)[1][0]
+        options = {"chat_template": tokenizer.chat_template, "return_assistant_tokens_mask": True}
+        options |= tokenizer.special_tokens_map
+        marks = transformers.utils.chat_template_utils.render_jinja_template([messages], **options)[1][0]
         return full, marks if multiturn else marks[-1:], True, False
     spans = []
     for i in turns if multiturn else turns[-1:]:
@@ -307,11 +304,12 @@ def chat_text(tokenizer, messages, multiturn):
 def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=False):
     """The rendered text of a prompt and its response, each text or messages (response []: prompt holds both).
 
-    finish_reason marks a row of batch_infer.py, whose prompt is text as the model saw it, template and BOS included.
+    finish_reason marks a row of batch_infer.py: its prompt is text as the model saw it, template and BOS in.
     """
     chat = args.apply_chat_template and finish_reason is None
     if chat or isinstance(prompt, list) or isinstance(response, list):
-        return chat_text(tokenizer, as_messages(prompt, "user") + as_messages(response, "assistant"), multiturn)
+        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+        return chat_text(tokenizer, messages, multiturn)
     if not isinstance(prompt, str) or not isinstance(response, str):
         raise ValueError("prompt or response is not text")
     if args.input_template and finish_reason is None:
@@ -323,13 +321,13 @@ def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=Fals
 def label_tokens(rendered, tokenizer, stop_ids, max_len):
     """(input_ids, trained), int32 and bool arrays [T], of a rendered text.
 
-    The whole text is tokenised at once; a token belongs to a span if it ends inside it. Nothing behind a turn's stop
-    token is trained; EOS is appended to a finished response that has none. Cut at max_len, which also cuts EOS.
+    The text is tokenised as a whole; a token belongs to a span if it ends inside it. Nothing behind a turn's
+    stop token is trained; a finished response without one gets EOS. Cut at max_len, EOS as well.
     """
     text, spans, finished, bos = rendered
     encoded = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # without an EOS that the tokenizer itself appends
+    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # less the EOS some tokenizers append
     ids, offsets = encoded["input_ids"][:n], offsets[:n]
     if n > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
         ids, offsets = ids[1:], offsets[1:]
@@ -372,20 +370,18 @@ def build_trees(rows, to_texts, tokenizer, stop_ids, args):
 
     Stops when nothing is left, or when more than --max_drop_ratio of the rows cannot be used.
     """
-    from jinja2 import TemplateError  # a chat template refuses a conversation
-
     trees, dropped = [], []
     for where, row in rows:
         try:
             encodings = [label_tokens(text, tokenizer, stop_ids, args.max_len) for text in to_texts(row)]
             trees.append({**make_tree(encodings), "where": where, "row": row})
-        except (ValueError, TemplateError) as e:
+        except (ValueError, jinja2.TemplateError) as e:  # the template refuses the conversation
             dropped.append({"row": where, "reason": str(e).splitlines()[0]})
     counts = collections.Counter(drop["reason"] for drop in dropped).most_common()
     summary = f"{len(dropped):,} dropped ({', '.join(f'{n} {reason}' for reason, n in counts) or 'none'})"
     if not trees or len(dropped) > args.max_drop_ratio * len(rows):
-        limit = f"--max_drop_ratio allows {args.max_drop_ratio:.0%}"
-        die(f"{len(rows)} rows, {summary}; {limit if trees else 'nothing is left'}; the first: {dropped[0]['row']}")
+        limit = f"--max_drop_ratio allows {args.max_drop_ratio:.0%}" if trees else "nothing is left"
+        die(f"{len(rows)} rows, {summary}; {limit}; the first: {dropped[0]['row']}")
     cut = sum(len(tree["prompt"]) + max(map(len, tree["responses"])) == args.max_len for tree in trees)
     note(f"data   {len(trees):,} rows kept, {summary} | {cut} reach max_len")
     return trees, dropped
@@ -395,25 +391,22 @@ def build_trees(rows, to_texts, tokenizer, stop_ids, args):
 
 
 def split_step(lengths, world_size, max_examples, max_tokens=None):
-    """Splits a step's examples (lengths in tokens) over ranks and forward passes: longest first, into the lightest bin.
+    """Splits a step's examples (lengths in tokens) over ranks and passes: the longest into the lightest bin.
 
-    Returns bins[rank][i], lists of indices; every rank has as many bins, the heaviest first. A bin holds at most
-    max_examples, or max_tokens if that is given; it is empty only where there are fewer examples than bins.
+    Returns bins[rank][i], lists of indices; every rank has as many, its heaviest first. A bin holds at most
+    max_examples, or max_tokens if that is given; it is empty only where examples are fewer than bins.
     """
-    share = sum(lengths) / max_tokens if max_tokens else len(lengths) / max_examples
-    n_bins = math.ceil(share / world_size) * world_size
+    room = [n / max_tokens if max_tokens else 1 / max_examples for n in lengths]  # shares of a bin
+    n_bins = math.ceil(sum(room) / world_size - 1e-6) * world_size
     while True:
-        bins, load = [[] for _ in range(n_bins)], [0] * n_bins
+        bins, used, load = [[] for _ in range(n_bins)], [0.0] * n_bins, [0] * n_bins
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if max_tokens:
-                room = [b for b in range(n_bins) if not bins[b] or load[b] + lengths[i] <= max_tokens]
-            else:
-                room = [b for b in range(n_bins) if len(bins[b]) < max_examples]
-            if not room:
+            fits = [b for b in range(n_bins) if not bins[b] or used[b] + room[i] < 1 + 1e-6]
+            if not fits:
                 break
-            lightest = min(room, key=load.__getitem__)
+            lightest = min(fits, key=load.__getitem__)
             bins[lightest].append(i)
-            load[lightest] += lengths[i]
+            used[lightest], load[lightest] = used[lightest] + room[i], load[lightest] + lengths[i]
         else:
             heaviest_first = sorted(range(n_bins), key=lambda b: -load[b])
             return [[bins[b] for b in heaviest_first[rank::world_size]] for rank in range(world_size)]
@@ -423,10 +416,10 @@ def split_step(lengths, world_size, max_examples, max_tokens=None):
 def pack_trees(trees, device):
     """Lays trees end to end in one row of T tokens, no padding: a prompt, its responses, the next prompt, ...
 
-    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), the queries of a response and their prompt. The first
-    response simply continues its prompt, as one causal segment without prefix. positions [N]: the hidden state that
-    predicts each trained token - the LAST prompt token predicts the first of EVERY response. targets [N]: the token;
-    owners [N]: the index of its response in the pack.
+    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a first
+    response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden state
+    that predicts each trained token (the LAST prompt token predicts the first of EVERY response). targets [N]:
+    that token. owners [N]: the index of its response in the pack.
     """
     input_ids, position_ids, spans, positions, targets, owners = [], [], [], [], [], []
     cursor = 0
@@ -470,29 +463,31 @@ def pack_trees(trees, device):
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Attention that follows the trees of pack_trees, for any Hugging Face model: attn_implementation "tree".
 
-    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees its prefix
-    and its own segment up to itself; a sliding window counts positions, which run on from prefix to segment.
+    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees its
+    prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
     """
     segments, softcap = options.pop("segments", None), options.pop("softcap", None)
     window = (options.pop("sliding_window", None) or 0) - 1  # -1: unlimited
-    harmless = ("position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "return_dict")
+    harmless = ("position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
     if unknown or attention_mask is not None or segments is None:
-        die(f"{type(module).__name__} needs {', '.join(unknown) or 'a mask'}, which tree_attention does not compute")
+        die(f"{type(module).__name__} needs {', '.join(unknown) or 'a mask'}, which tree_attention cannot do")
     if query.is_cuda and query.dtype != torch.float32 and softcap is None:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         k, v = k[segments["keys"]], v[segments["keys"]]
         sizes = [segments[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
-        return varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)[None], None
+        out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
+        return out[None], None
     outputs = []
     for q_start, q_end, p_start, p_end in segments["spans"]:
         q = query[:, :, q_start:q_end]
         k, v = (torch.cat([x[:, :, p_start:p_end], x[:, :, q_start:q_end]], 2) for x in (key, value))
         n_q, n_k, mask = q.shape[2], k.shape[2], None
         if n_q < n_k or 0 <= window < n_k or softcap is not None:
-            distance = torch.arange(n_k - n_q, n_k, device=q.device)[:, None] - torch.arange(n_k, device=q.device)
+            at = torch.arange(n_k, device=q.device)
+            distance = at[n_k - n_q :, None] - at
             mask = (distance >= 0) & (distance <= (window if window >= 0 else n_k))
         if softcap is None:
             causal = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
@@ -507,8 +502,8 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
 class LogProbs(nn.Module):
     """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
 
-    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed again in the
-    backward pass: nothing of size tokens x vocabulary exists.
+    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed once
+    more in the backward pass: nothing of size tokens x vocabulary exists.
     """
 
     CHUNK_BYTES = 2**26  # of one chunk's fp32 logits
@@ -519,11 +514,9 @@ class LogProbs(nn.Module):
         core = model.get_base_model() if hasattr(model, "peft_config") else model
         self.parts = [core.base_model, core.get_output_embeddings()]  # in a list: not twice in the state dict
         config = core.config.get_text_config()
-        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, as ranks differ in chunks
-            import deepspeed
-
+        if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
             deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
 
     def logits(self, hidden, weight, bias):
@@ -542,18 +535,19 @@ class LogProbs(nn.Module):
         weight, bias = head.weight, getattr(head, "bias", None)
         rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
         chunks = zip(hidden.split(rows), pack["targets"].split(rows), strict=True)
-        return torch.cat([checkpoint(self.chunk_logps, h, weight, bias, t, use_reentrant=False) for h, t in chunks])
+        logps = [checkpoint(self.chunk_logps, h, weight, bias, t, use_reentrant=False) for h, t in chunks]
+        return torch.cat(logps)
 
 
 # --- the loss
 
 
 def sft_loss(per_token_logps, n_tokens):
-    """Negative log-likelihood. per_token_logps [N] in nats; n_tokens: trained tokens of the whole step. A scalar."""
+    """Negative log-likelihood, a scalar. per_token_logps [N], nats; n_tokens: trained tokens of the step."""
     return -per_token_logps.sum() / n_tokens
 
 
-# --- files. A folder is complete (manifest.json, written last, has the sha256 of every file), absent, or recognised.
+# --- files. A folder is complete (manifest.json, written last, has all sha256 sums), absent, or recognised
 
 
 def sha256_all(files):
@@ -563,7 +557,7 @@ def sha256_all(files):
 
 
 def fingerprint(names):
-    """Identity of a model or of datasets (comma list): sha256 of the contents of files and folders, or the hub name."""
+    """Identity of a model or datasets (comma list): sha256 over the contents of the files, or a hub name."""
     if "," in names:
         return ",".join(fingerprint(name) for name in names.split(","))
     path = Path(names.strip().partition("@")[0])
@@ -571,7 +565,7 @@ def fingerprint(names):
         return names
     is_model = (path / "config.json").exists()
     patterns = ("model*.safetensors*", "*config.json", "tokenizer*", "*.jinja") if is_model else ("**/*",)
-    files = {p for pattern in patterns for p in path.glob(pattern) if p.is_file()} if path.is_dir() else {path}
+    files = {p for pattern in patterns for p in path.glob(pattern) if p.is_file()} or {path}
     return hashlib.sha256("".join(sha256_all(sorted(files))).encode()).hexdigest()
 
 
@@ -603,7 +597,7 @@ def intact(folder):
 
 
 def publish(partial, target):
-    """Moves a sealed folder into place, its manifest last; called again after a crash, it goes on where it was."""
+    """Moves a sealed folder into place, its manifest last; after a crash it goes on where it was."""
     target.mkdir(parents=True, exist_ok=True)
     (target / "manifest.json").unlink(missing_ok=True)
     names = json.loads((partial / "manifest.json").read_text())["files"]
@@ -619,7 +613,7 @@ def publish(partial, target):
 
 
 def identify(args, inputs, world_size):
-    """What decides the result of a run: flags (in Args up to eval_dataset), contents of its inputs, number of ranks."""
+    """What decides the result of a run: flags (before eval_dataset), contents of its inputs, ranks."""
     flags = dataclasses.asdict(args)
     names = list(flags)[: list(flags).index("eval_dataset")]
     flags = {name: flags[name] for name in names if name not in ("pretrain", "dataset", "max_drop_ratio")}
@@ -630,7 +624,8 @@ def identify(args, inputs, world_size):
 
 def difference(old, new):
     """In which keys two identities differ, with both values."""
-    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k))
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in changed)[:300]
 
 
 def checkpoints(args):
@@ -640,7 +635,7 @@ def checkpoints(args):
 
 
 def open_run(args, identity):
-    """What this command does with --save_path: ("done", or the step to resume from, or 0; the run's lock). On rank 0."""
+    """What to do with --save_path, on rank 0: ("done", the step to resume from, or 0; the run's lock)."""
     target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
     if (partial / "manifest.json").exists():  # the run had finished, and was killed while it moved into place
         publish(partial, target)
@@ -652,7 +647,7 @@ def open_run(args, identity):
             note(f"done   {target} is complete and made by this command: nothing to do")
             return "done", None
         if not in_place:
-            die(f"--save_path {target} holds another model: {difference(old, identity)[:300]}. Choose another folder")
+            die(f"--save_path {target} holds another model: {difference(old, identity)}. Choose another")
     partial.mkdir(parents=True, exist_ok=True)
     lock = open(partial / "lock", "w")
     try:
@@ -665,14 +660,13 @@ def open_run(args, identity):
             note(f"resume {folder}")
             return step, lock
         if old:
-            why = difference(old, identity)[:300]
-            die(f"{folder} is of another run: {why}. Restore the flags, or remove {args.ckpt_path}")
+            die(f"{folder} is of another run: {difference(old, identity)}. Undo that, or remove it")
         note(f"notice {folder} is damaged or half written: the one before it is used")
     return 0, lock
 
 
 def save_checkpoint(engine, args, step, identity):
-    """Everything that decides the future of a run, in <ckpt_path>/step_N. Random numbers are seeded by step: see main."""
+    """All that decides a run's future, in <ckpt_path>/step_N. Randomness is seeded by step: see main."""
     partial = Path(args.ckpt_path) / f"step_{step}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -725,7 +719,7 @@ def save_model(engine, tokenizer, args, identity, dropped):
 
 
 def open_log(args, start_step):
-    """A function (step, metrics) that appends to metrics.jsonl, less what a killed run logged after start_step."""
+    """A function (step, metrics) that appends to metrics.jsonl, less what it has after start_step."""
     path, tracker = Path(f"{args.save_path}.partial/metrics.jsonl"), None
     lines = path.read_text().split("\n")[:-1] if start_step and path.exists() else []
     write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
@@ -751,12 +745,13 @@ def open_log(args, start_step):
 
 
 def setup(args):
-    """Checks flags, finds rank and device, quiets libraries. Returns (rank, world_size, device); no process group yet."""
-    environment = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": max(args.local_rank, 0), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": 0, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": 1}
-    for name, default in environment.items():
+    """Checks flags, finds (rank, world_size, device), quiets libraries; there is no process group yet."""
+    launch = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": max(args.local_rank, 0), "MASTER_ADDR": "127.0.0.1"}
+    for name, default in {**launch, "MASTER_PORT": 0}.items():
         os.environ.setdefault(name, str(default))
-    for name in ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "max_ckpt_num", "logging_steps"):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in "train_batch_size micro_train_batch_size max_len max_epochs max_ckpt_num".split():
         if getattr(args, name) < 1:
             die(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.zero_stage not in range(4) or not args.dataset:
@@ -772,8 +767,8 @@ def setup(args):
     args.ckpt_path = args.ckpt_path or f"{args.save_path}.ckpt"
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        sizes = [os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")]
+        local_size = next(filter(None, sizes))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
     else:
         torch.cuda.set_device(device)
@@ -782,15 +777,13 @@ def setup(args):
 
 def connect(device):
     """Joins the process group."""
-    import deepspeed
-
     deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # CPU runs would compile an extension for nothing
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=False)
 
 
 def deepspeed_config(args, hidden_size):
-    """ZeRO, with fp32 gradient accumulation and communication: the split of a batch leaves no trace in bf16 either."""
+    """ZeRO; gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
     zero = {"stage": max(1, args.zero_stage), "reduce_bucket_size": 50_000_000, "overlap_comm": False}
     if args.zero_stage == 3:  # only vectors stay whole on every rank
         zero |= {"stage3_param_persistence_threshold": hidden_size, "stage3_prefetch_bucket_size": 50_000_000}
@@ -804,7 +797,7 @@ def deepspeed_config(args, hidden_size):
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -812,13 +805,11 @@ def deepspeed_config(args, hidden_size):
 
 def load_model(path, args):
     """The causal LM with tree attention, every weight from the checkpoint, dropout off."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register("tree", tree_attention)
+    transformers.AttentionInterface.register("tree", tree_attention)
     options = {"attn_implementation": "tree", "dtype": torch.bfloat16 if args.bf16 else torch.float32}
     options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError) as e:
         die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
@@ -831,14 +822,10 @@ def load_model(path, args):
 
 def start_engine(args, wrapper):
     """The model, wrapped in LogProbs or a class like it, and its optimiser under DeepSpeed: engine(pack)."""
-    import deepspeed
-    from transformers import AutoConfig
-    from transformers.integrations import HfDeepSpeedConfig
-
-    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
     config = deepspeed_config(args, config.get_text_config().hidden_size)
     # alive while the model loads: ZeRO-3 then never holds the whole model on one rank
-    partition_at_load = HfDeepSpeedConfig(config) if args.zero_stage == 3 else None
+    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
     torch.manual_seed(args.seed)
     model = load_model(args.pretrain, args)
     del partition_at_load
@@ -872,17 +859,17 @@ def check_attention(engine, args):
     model.set_attn_implementation("eager")
     for branch, logps in zip(branches, found, strict=True):
         row = torch.from_numpy(np.r_[prompt, branch]).long().to(engine.device)
-        alone = model(input_ids=row[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-        worst = max(worst, (alone.gather(1, row[len(prompt) :, None])[:, 0] - logps).abs().mean().item())
+        alone = model(input_ids=row[None], use_cache=False).logits[0, 15:-1].float().log_softmax(-1)
+        worst = max(worst, (alone.gather(1, row[16:, None])[:, 0] - logps).abs().mean().item())
     model.set_attn_implementation("tree")
     engine.train()
     if not worst < (0.05 if args.bf16 else 1e-4):
-        die(f"{type(model).__name__}: tree attention differs by {worst:.2g} nats per token from its own: not supported")
+        die(f"{type(model).__name__} is not supported: tree attention is off by {worst:.2g} nats per token")
 
 
 def learning_rate(args, step, total_steps):
-    """Learning rate of optimiser step 1 .. total_steps: linear warm-up that ends at the peak, then the schedule."""
-    warmup = 0 if args.lr_scheduler == "constant" else math.ceil(args.lr_warmup_ratio * total_steps)
+    """Learning rate of step 1 .. total_steps: linear warm-up that ends at the peak, then the schedule."""
+    warmup = math.ceil(args.lr_warmup_ratio * total_steps)
     if step <= warmup:
         return args.learning_rate * step / warmup
     progress = (step - warmup - 1) / max(1, total_steps - warmup)  # 0 at the first step behind the warm-up
@@ -897,8 +884,8 @@ def learning_rate(args, step, total_steps):
 def run_batch(engine, trees, loss_fn, args, train):
     """Forward (and backward) over the examples of one optimiser step, split over ranks and forward passes.
 
-    loss_fn(output of engine(pack), pack) -> (loss, {name: share}): the loss and each share are divided by the size of
-    the whole batch, so they simply add up. Returns {name: mean over the batch}, the same on all ranks.
+    loss_fn(engine(pack), pack) -> (loss, {name: share}): both divided by the size of the whole batch, so that
+    they simply add up. Returns {name: mean over the batch}, the same on all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     most = max(len(tree["responses"]) for tree in trees)
@@ -906,7 +893,7 @@ def run_batch(engine, trees, loss_fn, args, train):
     bins = split_step(list(map(tree_length, trees)), world_size, args.micro_train_batch_size, budget)[rank]
     total = 0
     for i, bin in enumerate(bins):
-        # an empty bin (fewer examples than ranks) runs a dummy that counts nothing, as every forward is a collective
+        # fewer examples than ranks: a dummy that counts nothing, as every forward is a collective
         weight, members = (1.0, [trees[j] for j in bin]) if bin else (0.0, [min(trees, key=tree_length)])
         pack = pack_trees(members, engine.device)
         engine.set_gradient_accumulation_boundary(i == len(bins) - 1)
@@ -920,7 +907,7 @@ def run_batch(engine, trees, loss_fn, args, train):
 
 
 def evaluate(engine, trees, make_loss, size, args):
-    """Means of the loss's metrics over held-out examples, named eval/...; size(trees): what a batch's means weigh."""
+    """Means of the loss's metrics over held-out examples, as eval/...; size(trees): the weight of a batch."""
     engine.eval()
     means = collections.Counter()
     for begin in range(0, len(trees), args.train_batch_size):
@@ -933,36 +920,38 @@ def evaluate(engine, trees, make_loss, size, args):
 
 def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
-    short = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl", "grad_norm": "grad"}
-    short = {**short, **{f"eval/{name}": f"eval {label}" for name, label in short.items()}}
+    short = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
+    short |= {"grad_norm": "grad", **{f"eval/{name}": f"eval {label}" for name, label in short.items()}}
     parts = [f"{label} {metrics[name]:<7.4g}" for name, label in short.items() if name in metrics]
     if "lr" in metrics:
         parts += [f"lr {metrics['lr']:.1e}", f"{metrics['tokens_per_sec']:,.0f} tok/s"]
-        parts += [f"{metrics['peak_mem_gib']:.1f} GiB", f"eta {datetime.timedelta(seconds=int(seconds_left))}"]
+        eta = datetime.timedelta(seconds=int(seconds_left))
+        parts += [f"{metrics['peak_mem_gib']:.1f} GiB", f"eta {eta}"]
     return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
 
 
 def show_sample(tokenizer, tree):
-    """The first example as text, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
-    pieces = [tokenizer.decode(tree["prompt"])[-60:]]
-    for i, token in enumerate(tree["responses"][0][:60]):
-        trained, before = tree["trained"][0][i], i > 0 and tree["trained"][0][i - 1]
-        pieces += ["[" if trained and not before else "]" if before and not trained else "", tokenizer.decode(token)]
-    note(f"sample {''.join(pieces)!r}{']' if tree['trained'][0][-1] else ''}   <- [..] is trained")
+    """One example as text, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
+    pieces, before = [tokenizer.decode(tree["prompt"])[-60:]], False
+    for token, trained in zip(tree["responses"][0][:50], tree["trained"][0], strict=False):
+        pieces += ["[" if trained > before else "]" if before > trained else "", tokenizer.decode(token)]
+        before = trained
+    end = " ..." if len(tree["responses"][0]) > 50 else "]" if before else ""
+    note(f"sample {(''.join(pieces) + end)!r}   <- [..] is trained")
 
 
-def sft_text(row, tokenizer, keys, args):
-    """The rendered text of one row; keys: (prompt column, response column or None)."""
+def sft_texts(row, tokenizer, keys, args):
+    """The rendered text of one row, as a list of one; keys: (prompt column, response column or None)."""
     prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
     if args.pretrain_mode or keys == ("text", None):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError("empty text")
-        return prompt, [[0, len(prompt)]], True, True
+        return [(prompt, [[0, len(prompt)]], True, True)]
     if isinstance(response, str) and not response.strip():
         raise ValueError("empty response")
     if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
-    return render(tokenizer, prompt, response, args, row.get("finish_reason"), args.multiturn)
+    return [render(tokenizer, prompt, response, args, row.get("finish_reason"), args.multiturn)]
 
 
 def main(args):
@@ -972,15 +961,16 @@ def main(args):
 
     # --- algorithm: sft (rows)
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [(p, r) for p in ("prompt", "instruction", "question") for r in ("response", "completion", "answer")]
-    layouts += [("text", None)]
+    layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
+    layouts += [("question", "answer"), ("question", "response"), ("text", None)]
 
     def to_trees(names, probs, split):
         rows = load_rows(names, probs, split, args.max_samples)
         ours = "finish_reason" in rows[0][1]  # rows of batch_infer.py, which may hold messages too
         given, flags = (args.input_key, args.output_key), ("--input_key", "--output_key")
         keys = find_keys(rows, given, flags, [("input", "output")] if ours else layouts)
-        return build_trees(rows, lambda row: [sft_text(row, tokenizer, keys, args)], tokenizer, stop_ids, args)
+        texts = functools.partial(sft_texts, tokenizer=tokenizer, keys=keys, args=args)
+        return build_trees(rows, texts, tokenizer, stop_ids, args)
 
     inputs = {"data": args.dataset, "weights": args.pretrain}
     # --- end algorithm
@@ -989,7 +979,7 @@ def main(args):
     steps_per_epoch = math.ceil(len(trees) / args.train_batch_size)
     total_steps = steps_per_epoch * args.max_epochs
     if len(trees) < args.train_batch_size:
-        note(f"notice {len(trees)} examples, --train_batch_size {args.train_batch_size}: one smaller step per epoch")
+        note(f"notice {len(trees)} examples for --train_batch_size {args.train_batch_size}: one smaller step")
 
     identity, state, lock = None, [None], None
     if rank == 0:  # hashing may take long: before the process group, whose collectives time out
@@ -1025,19 +1015,18 @@ def main(args):
     # --- end algorithm
     n_tokens = sum(map(tree_length, trees))
     n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()) / 1e6
-    note(
-        f"{Path(__file__).stem:<6} {Path(args.pretrain).name} {n_parameters:,.1f}M {'bf16' if args.bf16 else 'fp32'} | "
-        f"ZeRO-{args.zero_stage} | {world_size} x {'CPU' if device == 'cpu' else 'GPU'}\n"
-        f"batch  {args.train_batch_size} examples/step | {total_steps} steps | "
-        f"{n_tokens * args.max_epochs / 1e6:.2f}M tokens, {size(trees) / n_tokens:.0%} trained"
-    )
+    model_name = f"{Path(args.pretrain).name} {n_parameters:,.1f}M {'bf16' if args.bf16 else 'fp32'}"
+    note(f"{Path(__file__).stem:<6} {model_name} | ZeRO-{args.zero_stage} | {world_size} x {device[:4]}")
+    epochs = f"{total_steps} steps | {n_tokens * args.max_epochs / 1e6:.2f}M tokens"
+    note(f"batch  {args.train_batch_size} examples/step | {epochs}, {size(trees) / n_tokens:.0%} trained")
     show_sample(tokenizer, trees[0])
     for step in range(start_step, total_steps + 1):
         metrics, tick = {}, time.time()
         if step > start_step:
             epoch, index = divmod(step - 1, steps_per_epoch)
             order = np.random.default_rng([args.seed, epoch]).permutation(len(trees))
-            batch = [trees[i] for i in order[index * args.train_batch_size : (index + 1) * args.train_batch_size]]
+            first = index * args.train_batch_size
+            batch = [trees[i] for i in order[first : first + args.train_batch_size]]
             torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, total_steps)
@@ -1045,7 +1034,7 @@ def main(args):
             engine.step()
             metrics["grad_norm"] = float(engine.get_global_grad_norm())
             if not all(map(math.isfinite, metrics.values())):
-                die(f"step {step} is not finite: {metrics}; rows {', '.join(tree['where'] for tree in batch)}"[:1000])
+                die(f"step {step}: not finite: {metrics}; rows {', '.join(t['where'] for t in batch)}"[:1000])
             seconds = time.time() - tick
             metrics["lr"] = learning_rate(args, step, total_steps)
             metrics["epoch"] = step / steps_per_epoch
@@ -1068,7 +1057,8 @@ def main(args):
             save_checkpoint(engine, args, step, identity)
 
     save_model(engine, tokenizer, args, identity, dropped)
-    note(f"saved  {args.save_path}  ({total_steps} steps, {datetime.timedelta(seconds=int(time.time() - started))})")
+    took = datetime.timedelta(seconds=int(time.time() - started))
+    note(f"saved  {args.save_path}  ({total_steps} steps, {took})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""iterate.sh with stub scripts beside it: order, resume, changed settings, lock, signals, checks. The stages are not run."""
+"""iterate.sh with stub scripts beside it: order, resume, changed settings, lock, signals, checks."""
 
 import fcntl
 import json
@@ -8,14 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
-# One stub stands for all scripts. It appends its argv to calls.jsonl, fails or waits where STUB_FAIL / STUB_WAIT name
-# its call as KIND:ITERATION, and writes what the real script would. The comment is what iterate.sh looks flags up in.
+# One stub stands for all scripts. It adds its argv to calls.jsonl, fails or waits where STUB_FAIL, STUB_WAIT
+# name its call as KIND:ITERATION, and writes what the script would. Its docstring lists the flags.
 STUB = '''
 """
     input_key: str
@@ -36,7 +37,7 @@ flags = {a[2:]: b for a, b in zip(sys.argv[1:], sys.argv[2:] + ["--"]) if a.star
 script = Path(sys.argv[0]).stem
 kind = {"batch_infer": flags.get("eval_task", ""), "sft": "train"}.get(script, script)
 folder = Path(flags.get("output_path", flags.get("save_path", flags.get("out", ".")))).parent.name
-call = f"{kind}:{folder.removeprefix('iter_')}"
+call = f"{kind}:{folder.removeprefix('iter_')}" if script in ("batch_infer", "sft") else kind
 with open(Path(__file__).resolve().parents[script in ("toy", "plot")] / "calls.jsonl", "a") as f:
     f.write(json.dumps([call, sys.argv]) + "\\n")
 if os.environ.get("STUB_WAIT") == call:
@@ -59,7 +60,7 @@ elif kind != "plot":
 
 @pytest.fixture
 def loop(tmp_path):
-    """A folder with iterate.sh, stubs and inputs; loop.run(NAME=value, ...) runs it, loop.calls() lists and forgets."""
+    """A folder with iterate.sh, stubs and inputs."""
     for name in ("batch_infer.py", "sft.py", "examples/toy.py", "examples/plot.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(STUB)
@@ -72,6 +73,8 @@ def loop(tmp_path):
 
 
 class Loop:
+    """run(NAME=value, ...) runs iterate.sh with these settings; calls() is what ran since it was asked."""
+
     own = dict(POLICY_MODEL_PATH="policy", RM_MODEL_PATH="rm", PROMPT_DATASET="prompts.jsonl", OUT="out")
 
     def __init__(self, path):
@@ -84,7 +87,12 @@ class Loop:
         settings = {k: str(v) for k, v in {**self.own, **settings}.items() if v is not None}
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            ["bash", "iterate.sh"], cwd=self.path, env={**env, **settings}, text=True, stdout=pipe, stderr=pipe
+            ["bash", "iterate.sh"],
+            cwd=self.path,
+            env={**env, **settings},
+            text=True,
+            stdout=pipe,
+            stderr=pipe,
         )
 
     def run(self, code=0, **settings):
@@ -112,7 +120,7 @@ def test_order_and_arguments(loop):
     loop.run(TRAINING_ITERS=2, ROLLOUT_BATCH_SIZE=16, BEST_OF_N=3, RM_FLAGS="--max_len 9")
     calls = loop.calls()
     kinds = [call.replace("generate_vllm", "generate") for call, _ in calls]
-    assert kinds == [*stages(0), *stages(1), *stages(2, train=False), "plot:"]
+    assert kinds == [*stages(0), *stages(1), *stages(2, train=False), "plot"]
     generate, rm, train = (argv for _, argv in calls[3:6])
     for pair in ("--pretrain out/iter_0/model", "--iter 1", "--rollout_batch_size 16", "--best_of_n 3"):
         assert pair in " ".join(generate)
@@ -129,7 +137,7 @@ def test_order_and_arguments(loop):
 def test_no_settings_is_the_toy(loop):
     out, _ = loop.run(POLICY_MODEL_PATH=None, RM_MODEL_PATH=None, PROMPT_DATASET=None, OUT=None)
     calls = loop.calls()
-    assert [call for call, _ in calls][0] == "toy:toy"
+    assert [call for call, _ in calls][0] == "toy"
     assert len(calls) == 1 + 3 * 3 + 2 + 1
     assert "--pretrain runs/toy/toy/policy" in " ".join(calls[1][1])
     assert calls[-1][1][-1].endswith("examples/toy.py:true_score")
@@ -147,17 +155,17 @@ def test_resume_after_failure(loop):
     assert err == "error: out/iter_1: rm ended with code 7\n"
     assert loop.kinds() == [*stages(0), "generate:1", "rm:1"]
     out, _ = loop.run(TRAINING_ITERS=2)
-    assert loop.kinds() == ["rm:1", "train:1", *stages(2, train=False), "plot:"]
+    assert loop.kinds() == ["rm:1", "train:1", *stages(2, train=False), "plot"]
     assert "out/iter_0  train: done before" in out
     loop.run(TRAINING_ITERS=2)
-    assert loop.kinds() == ["plot:"]
+    assert loop.kinds() == ["plot"]
 
 
 def test_more_iterations_continue(loop):
     loop.run(TRAINING_ITERS=1)
     loop.calls()
     loop.run(TRAINING_ITERS=2)
-    assert loop.kinds() == ["train:1", *stages(2, train=False), "plot:"]
+    assert loop.kinds() == ["train:1", *stages(2, train=False), "plot"]
 
 
 def test_what_follows_a_deleted_result_runs_again(loop):
@@ -165,7 +173,7 @@ def test_what_follows_a_deleted_result_runs_again(loop):
     loop.calls()
     (loop.path / "out/iter_0/rm.jsonl").unlink()
     loop.run(TRAINING_ITERS=1)
-    assert loop.kinds() == ["rm:0", "train:0", *stages(1, train=False), "plot:"]
+    assert loop.kinds() == ["rm:0", "train:0", *stages(1, train=False), "plot"]
 
 
 def test_changed_setting_stops(loop):
@@ -195,8 +203,8 @@ def test_moved_out_and_other_launcher_continue(loop):
     launcher.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} "$@"\n')
     launcher.chmod(0o755)
     path = f"{launcher.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    loop.run(TRAINING_ITERS=1, OUT=loop.path / "moved", NUM_GPUS=2, PATH=path)
-    assert loop.kinds() == ["plot:"]
+    loop.run(TRAINING_ITERS=2, OUT=loop.path / "moved", NUM_GPUS=2, PATH=path)
+    assert loop.kinds() == ["train:1", *stages(2, train=False), "plot"]
 
 
 def test_second_run_in_the_same_out_stops(loop):
@@ -216,13 +224,16 @@ def wait_for_stage(process):
     raise AssertionError(process.stderr.read())
 
 
-def is_gone(pid):
-    """No such process, or a zombie that nobody has buried yet."""
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+def ends(pid, seconds=5):
+    """Whether a process ends soon: no such process, or a zombie that nobody has buried yet."""
+    for _ in range(100 * seconds):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -232,10 +243,10 @@ def test_signal_stops_the_stage_with_its_children(loop, number):
     process.send_signal(number)
     process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert is_gone(child)
+    assert ends(child)
     loop.calls()
     loop.run(TRAINING_ITERS=1)
-    assert loop.kinds() == ["train:0", *stages(1, train=False), "plot:"]
+    assert loop.kinds() == ["train:0", *stages(1, train=False), "plot"]
 
 
 def test_a_stage_that_outlives_the_loop_keeps_the_lock(loop):
@@ -288,7 +299,10 @@ def test_links_to_the_newest(loop):
         (dict(DRY_RUN="yes"), "DRY_RUN=yes: 0 or 1"),
         (dict(RM_MODEL_PATH=None), "RM_MODEL_PATH is not set"),
         (dict(POLICY_MODEL_PATH="./nowhere"), "POLICY_MODEL_PATH: ./nowhere does not exist"),
-        (dict(PROMPT_DATASET="prompts.jsonl,data/absent.jsonl"), "PROMPT_DATASET: data/absent.jsonl does not exist"),
+        (
+            dict(PROMPT_DATASET="prompts.jsonl,a/absent.jsonl"),
+            "PROMPT_DATASET: a/absent.jsonl does not exist",
+        ),
         (dict(REF="last"), "REF=last: init or prev"),
         (dict(REF="prev", REF_MODEL_PATH="policy"), "REF_MODEL_PATH and REF=prev contradict each other"),
         (dict(OUT="prompts.jsonl"), "OUT=prompts.jsonl cannot be written"),
