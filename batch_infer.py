@@ -1,29 +1,32 @@
 """Batch inference in one file: samples of a policy (generate_vllm, generate), rewards of a reward model (rm).
 
-Rows (JSON lines). A stage adds fields and keeps those it finds; sft.py and dpo.py know these rows without flags:
+Rows (JSON lines); a stage keeps the fields it finds, and sft.py and dpo.py know these rows without flags:
     generate  {"id": 7, "sample": 0, "input": "Q: 2+2?\\nA:", "output": " 4", "finish_reason": "stop"}
-    rm        the same and {"reward": 1.25}; null where a row cannot be scored (too long, no response)
-id is the row's index in --dataset; input is what the model saw, chat template and BOS included; output has no EOS, and
-finish_reason says whether there was one ("stop") or the length ran out ("length"). messages: where the prompt was messages.
+    rm        the same and "reward": 1.25; null where a row cannot be scored (too long, no response)
+id is the row's index in --dataset. input is what the model saw, chat template and BOS included; messages is there
+too where the prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or the length
+ran out ("length").
 
-What differs from the usual scripts:
- 1. A sample is drawn with random numbers of its own, hash(--seed, --iter, id, sample): it does not depend on the batch, on
-    the number of ranks or on a restart (up to the rounding of a batched matrix product).
- 2. All samples of a prompt are scored in one tree, the prompt computed once (tree_attention). The head runs in fp32.
- 3. Results reach the disk as they finish, in <output_path>.partial/; killed at any moment, the same command does the rest.
-    The output appears by rename, beside it <output_path>.meta.json: what made it. The same command again does nothing.
- 4. Prompts and responses are used whole or not at all, never shortened; what is left out is counted and listed.
- 5. A reward model scores what it was trained on. Plain text: prompt + response + EOS (no EOS where the response was cut).
-    --apply_chat_template: the messages in its own template, as the template writes them; with an OpenRLHF head up to EOS.
-    Hugging Face heads read the last token that is not padding, OpenRLHF heads the last token; rewards are
+Deviations from the usual scripts:
+ 1. A sample has random numbers of its own, hash(--seed, --iter, id, sample): it does not depend on the batch, the
+    ranks or a restart, up to the rounding of a batched matrix product.
+ 2. All samples of a prompt are scored in one tree, the prompt computed once. The head runs in fp32.
+ 3. Results reach the disk as they finish, in <output_path>.partial/. Killed at any moment, the same command does
+    the rest. The output appears by rename; <output_path>.meta.json says what made it; the same command again does
+    nothing, another one replaces it.
+ 4. Prompts and responses are used whole or not at all; what is left out is counted and listed.
+ 5. A reward model reads what it was trained on. Plain text: prompt, response, EOS (not where the response was cut).
+    --apply_chat_template: the messages as its own template writes them, with an OpenRLHF head up to EOS. Hugging
+    Face heads look at the last token that is not padding, OpenRLHF heads at the last token, and rewards are
     (score - mean) / std where config.json has mean and std.
 
 Commands:
-    python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset prompts.jsonl --best_of_n 8 --output_path gen.jsonl
-    deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset gen.jsonl --output_path rm.jsonl
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 batch_infer.py ...  # each of two nodes
-    python batch_infer.py --eval_task generate --pretrain runs/toy/toy/policy --dataset runs/toy/toy/prompts.jsonl \\
-        --no-bf16 --max_new_tokens 64 --output_path gen.jsonl                                        # CPU smoke run
+    python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset rows.jsonl --output_path gen.jsonl
+    deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset gen.jsonl \\
+        --post_processor rs --output_path best.jsonl
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 batch_infer.py ...
+    python batch_infer.py --eval_task generate --pretrain runs/raft/toy/policy --no-bf16 --max_new_tokens 64 \\
+        --dataset runs/raft/toy/prompts.jsonl --output_path gen.jsonl                            # a smoke run
 """
 
 import collections
@@ -38,6 +41,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +63,17 @@ class Args:
     pretrain: str
     """The model to train: a Hugging Face folder or hub name."""
     output_path: str
-    """The .jsonl to write. The output of another command is replaced."""
+    """The .jsonl to write."""
     bf16: bool = True
     """bf16 weights with fp32 master weights; --no-bf16 trains in fp32."""
     flash_attn: bool = False
     """Accepted for old commands: on a GPU attention is torch's own FlashAttention in any case."""
+    value_head_prefix: str = "value_head"
+    """rm: name of an OpenRLHF head in the checkpoint, where config.json has no value_head_prefix."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     tokenizer_chat_template: str | None = None
     """A Jinja chat template, or a .jinja file with one, in place of the tokenizer's own."""
-    value_head_prefix: str = "value_head"
-    """rm: name of an OpenRLHF reward head in the checkpoint; value_head_prefix in the model's config.json goes first."""
     # data
     dataset: str = ""
     """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@DATA_DIR)."""
@@ -90,56 +94,56 @@ class Args:
     apply_chat_template: bool = False
     """Wrap plain text rows as one user and one assistant turn in the tokenizer's chat template."""
     iter: int | None = None
-    """Iteration k: use only rows k x rollout_batch_size and on, starting over at the end. Default: all rows."""
+    """Iteration k: only rows k x rollout_batch_size and on, starting over at the end. Default: all rows."""
     rollout_batch_size: int = 2048
     """Prompts per iteration; a slice holds each prompt at most once."""
-    # generation
+    # sampling
     best_of_n: int = 1
     """Samples per prompt."""
     prompt_max_len: int = 1024
-    """Longer prompts (tokens) are left out."""
+    """Prompts with more tokens are left out."""
     max_new_tokens: int = 1024
-    """At most this many tokens per sample, its EOS included."""
+    """Most tokens of a sample, EOS included."""
     temperature: float = 1.0
-    """Divides the logits; 0 = greedy."""
+    """Divides the logits, up to 2; 0 = greedy."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with at least this probability."""
+    """Sample from the smallest set of tokens with this probability."""
     top_k: int = 0
-    """Sample from this many most likely tokens; 0 = from all."""
+    """Sample from this many most likely tokens; 0 = all."""
     min_p: float = 0.0
     """Sample from tokens at least this likely, relative to the likeliest."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that prompt or sample already have."""
+    """Divides positive and multiplies negative logits of tokens that the prompt or the sample has already."""
     greedy_sampling: bool = False
     """Always take the likeliest token."""
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are not part of it."""
     seed: int = 42
     """Seed of everything random: data order, LoRA's start and dropout."""
-    # speed
-    micro_batch_size: int = 16
-    """generate: prompts, rm: responses per forward pass and rank; changes speed and memory, never the result. Not for vLLM."""
-    tp_size: int = 1
-    """vLLM: GPUs that share the model (tensor parallel)."""
-    max_num_seqs: int = 256
-    """vLLM: samples that run at the same time."""
-    max_model_len: int | None = None
-    """Tokens of prompt + sample that fit. Default: prompt_max_len + max_new_tokens, or the model's own limit if lower."""
-    gpu_memory_utilization: float = 0.9
-    """vLLM: share of the GPU's memory to use."""
-    enable_prefix_caching: bool = False
-    """Accepted for old commands: vLLM always computes a prompt once for all its samples."""
-    zero_stage: int = 0
-    """DeepSpeed ZeRO: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
-    local_rank: int = -1
-    """Set by the deepspeed launcher."""
     # scoring
     max_len: int = 2048
     """Tokens of prompt + response; a longer response is cut, a row with a prompt that long is dropped."""
     post_processor: str | None = None
-    """What --output_path holds after rm: rs = the best sample of each prompt. Default: all rows."""
+    """rm: what becomes of the scored rows; rs = only the best sample of each prompt. Default: all rows."""
     scored_path: str | None = None
-    """With --post_processor: keep all scored rows in this .jsonl."""
+    """rm: keep all scored rows in this .jsonl, next to the post-processor's output."""
+    # system
+    micro_batch_size: int = 16
+    """generate: prompts, rm: responses per forward pass and rank; changes speed and memory, never the result."""
+    tp_size: int = 1
+    """vLLM: devices that share the model (tensor parallel)."""
+    max_num_seqs: int = 256
+    """vLLM: samples that run at the same time."""
+    max_model_len: int | None = None
+    """Most tokens of prompt + sample. Default: prompt_max_len + max_new_tokens, or the model's limit if lower."""
+    gpu_memory_utilization: float = 0.9
+    """vLLM: share of the GPU's memory to use."""
+    enable_prefix_caching: bool = False
+    """Accepted for old commands: vLLM computes a prompt once for all its samples in any case."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
+    local_rank: int = -1
+    """Set by the deepspeed launcher."""
 
 
 # --- reading rows
@@ -228,8 +232,8 @@ def find_keys(rows, given, flags, layouts):
     return fits[0] if fits else die(f"{where}: columns {', '.join(row)}: which? use: {' '.join(flags)}")
 
 
-# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether EOS may
-# follow the last, whether the tokenizer's own BOS belongs in front. ValueError: the row cannot be used, and why.
+# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether EOS
+# may follow the last, whether the tokenizer puts its BOS in front. ValueError: the row cannot be used, and why.
 
 
 def load_tokenizer(path, args):
@@ -268,8 +272,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the turns before it rendered with a generation prompt: what is trained is what is to
-    be generated. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be asked
+    for. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -339,141 +343,6 @@ def label_tokens(rendered, tokenizer, stop_ids, max_len):
     return np.array(ids[:max_len], dtype=np.int32), trained[:max_len]
 
 
-class Prompt(NamedTuple):
-    """A prompt as the model sees it: text and its token ids; messages where it was given as messages."""
-
-    id: int
-    text: str
-    ids: list
-    messages: list | None
-
-
-def left_out(dropped, total, args):
-    """Says in one phrase which rows, (where, reason) each, cannot be used; stops when they are too many."""
-    places = collections.defaultdict(list)
-    for where, reason in dropped:
-        places[reason].append(where)
-    phrases = [f"{len(at)} {why} ({', '.join(at[:10])}{', ...' if len(at) > 10 else ''})" for why, at in places.items()]
-    if len(dropped) == total or len(dropped) > args.max_drop_ratio * total:
-        die(f"{len(dropped)} of {total} rows cannot be used, --max_drop_ratio is {args.max_drop_ratio}: {', '.join(phrases)}"[:1000])
-    return f"{len(dropped)} left out" + (f": {', '.join(phrases)}" if dropped else "")
-
-
-def slice_rows(n_rows, args):
-    """Indices of the rows of this iteration."""
-    if args.iter is None:
-        return range(n_rows)
-    start = args.iter * args.rollout_batch_size
-    return [i % n_rows for i in range(start, start + min(args.rollout_batch_size, n_rows))]
-
-
-def make_prompt(index, row, key, tokenizer, args):
-    """The Prompt of a row. It is tokenised as sft.py tokenises the same row: the trained prompt is the one seen here."""
-    value = row.get(key)
-    if key == "instruction" and row.get("input"):  # Alpaca's rows
-        value = f"{value}\n\n{row['input']}"
-    chat = isinstance(value, list) or (isinstance(value, str) and args.apply_chat_template)
-    if not chat and not isinstance(value, str):
-        raise ValueError(f"prompt is neither text nor messages but {type(value).__name__}")
-    messages = as_messages(value, "user") if chat else []
-    while messages and messages[-1]["role"] == "assistant":  # a whole conversation: the model writes its own answer
-        messages.pop()
-    if not (messages if chat else value.strip()):
-        raise ValueError("empty prompt")
-    if chat:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = args.input_template.replace("{}", value) if args.input_template else value
-    ids = prompt_ids(tokenizer, text, bos=not chat)
-    if len(ids) > args.prompt_max_len:
-        raise ValueError(f"longer than --prompt_max_len {args.prompt_max_len}")
-    if not chat and ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
-        forms = [tokenizer.bos_token + text, tokenizer.decode(ids)]  # some tokenizers want a blank behind BOS
-        text = next((form for form in forms if prompt_ids(tokenizer, form, bos=False) == ids), forms[0])
-    return Prompt(index, text, ids, messages if chat else None)
-
-
-def prompt_ids(tokenizer, text, bos):
-    """Token ids of a rendered prompt, exactly as in a training example that starts with it."""
-    return label_tokens((text, [(len(text), len(text))], True, bos), tokenizer, (), 2**31)[0].tolist()[:-1]  # without EOS
-
-
-def make_prompts(rows, tokenizer, limit, args):
-    """The usable prompts of this iteration."""
-    from jinja2 import TemplateError  # a chat template refuses a conversation
-
-    layouts = [(key,) for key in "prompt instruction input question problem messages conversations text".split()]
-    (key,) = find_keys(rows, (args.input_key,), ("--input_key",), layouts)
-    indices, prompts, dropped = slice_rows(len(rows), args), [], []
-    for i in indices:
-        where, row = rows[i]
-        try:
-            prompts.append(make_prompt(i, row, key, tokenizer, args))
-            if len(prompts[-1].ids) >= limit:
-                raise ValueError(f"no room for a response in {limit} tokens, {len(prompts.pop().ids)} of prompt")
-        except (ValueError, TemplateError) as e:
-            dropped.append((where, str(e).splitlines()[0]))
-    part = "" if args.iter is None else f", iteration {args.iter} of {len(rows):,} rows"
-    note(f"data   {len(prompts):,} prompts from column {key!r}{part} | {left_out(dropped, len(indices), args)}")
-    return prompts
-
-
-def score_text(row, keys, tokenizer, openrlhf, args):
-    """The rendered text of a row as the reward model reads it; everything it reads is in the text but a last EOS."""
-    prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
-    reason, messages = row.get("finish_reason"), row.get("messages")
-    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
-        prompt = f"{prompt}\n\n{row['input']}"
-    if keys == ("text", None):
-        return render(tokenizer, "", prompt, dataclasses.replace(args, apply_chat_template=False, input_template=None))
-    if reason is not None and args.apply_chat_template and messages:
-        rendered = chat_text(tokenizer, as_messages(messages, "user") + as_messages(response, "assistant"), False)
-    else:
-        rendered = render(tokenizer, prompt, response, args, reason)
-        if not isinstance(prompt, list) and not isinstance(response, list) and not (args.apply_chat_template and reason is None):
-            return (rendered[0].removesuffix(tokenizer.eos_token), *rendered[1:])
-    text, spans = rendered[:2]
-    if reason == "length":  # without what the template writes behind an answer
-        end = text.find(response.strip(), spans[-1][0]) + len(response.strip())
-        return text[:end], [(spans[-1][0], end)], False, False
-    text = text.rstrip("\n") if openrlhf else text
-    return text, spans, openrlhf and not text.endswith(tokenizer.eos_token), False
-
-
-def make_score_trees(rows, tokenizer, openrlhf, args):
-    """Trees of the rows that can be scored, each with the indices of its rows: responses to the same prompt text hang
-    together, at most micro_batch_size of them."""
-    from jinja2 import TemplateError
-
-    layouts = [("input", "output")] if "finish_reason" in rows[0][1] else SCORE_LAYOUTS
-    keys = find_keys(rows, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
-    groups, dropped = collections.defaultdict(list), []
-    for i, (where, row) in enumerate(rows):
-        try:
-            rendered = score_text(row, keys, tokenizer, openrlhf, args)
-            encoding = label_tokens(rendered, tokenizer, (), 2**31)
-            if len(encoding[0]) > args.max_len:
-                raise ValueError(f"longer than --max_len {args.max_len}")
-            groups[rendered[0][: rendered[1][-1][0]]].append((i, encoding))
-        except (ValueError, TemplateError) as e:
-            dropped.append((where, str(e).splitlines()[0]))
-    trees = []
-    for group in groups.values():
-        for begin in range(0, len(group), args.micro_batch_size):
-            indices, encodings = zip(*group[begin : begin + args.micro_batch_size], strict=True)
-            trees.append({**make_tree(encodings), "rows": indices})
-    tokens, once = sum(len(e[0]) for group in groups.values() for _, e in group), sum(map(tree_length, trees))
-    note(
-        f"data   {len(rows):,} rows from columns {', '.join(filter(None, keys))} | {len(groups):,} prompts, "
-        f"{tokens / max(1, once):.1f}x fewer tokens | {left_out(dropped, len(rows), args)} (no reward)"
-    )
-    return trees
-
-
-SCORE_LAYOUTS = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output"), ("prompt", "response")]
-SCORE_LAYOUTS += [("prompt", "completion"), ("instruction", "response"), ("question", "answer"), ("question", "response"), ("text", None)]
-
-
 def make_tree(encodings):
     """One example: the prompt that its k responses share, stored once, and the responses that hang off it."""
     limit = min(int(trained.argmax()) for _, trained in encodings)
@@ -489,6 +358,142 @@ def make_tree(encodings):
 def tree_length(tree):
     """Tokens that a forward pass over the example reads (the prompt once)."""
     return len(tree["prompt"]) + sum(map(len, tree["responses"]))
+
+
+def usable(items, make, args):
+    """(what make(item) gives for each item, a phrase on those it cannot use, by reason and place).
+
+    items are (where, ...); stops when too few are usable.
+    """
+    from jinja2 import TemplateError  # a chat template refuses a conversation
+
+    made, places = [], collections.defaultdict(list)
+    for item in items:
+        try:
+            made.append(make(item))
+        except (ValueError, TemplateError) as e:
+            places[str(e).splitlines()[0]].append(item[0])
+    phrases = [f"{len(at)} {why} ({', '.join(at[:9])}{', ...' if at[9:] else ''})" for why, at in places.items()]
+    summary = f"{len(items) - len(made)} left out{': ' * bool(phrases)}{', '.join(phrases)}"
+    if not made or len(items) - len(made) > args.max_drop_ratio * len(items):
+        die(f"{len(items)} rows, {summary}: more than --max_drop_ratio {args.max_drop_ratio}")
+    return made, summary
+
+
+class Prompt(NamedTuple):
+    """A prompt as the model sees it; messages, where it was given as such; room: most tokens of a sample."""
+
+    id: int
+    text: str
+    ids: list
+    messages: list
+    room: int
+
+
+def make_prompts(rows, tokenizer, args):
+    """The usable prompts of this iteration."""
+    layouts = [(key,) for key in "prompt instruction input question problem messages conversations text".split()]
+    (key,) = find_keys(rows, (args.input_key,), ("--input_key",), layouts)
+    limit, indices = context_limit(args), range(len(rows))
+    if args.iter is not None:
+        start = args.iter * args.rollout_batch_size
+        indices = [i % len(rows) for i in range(start, start + min(args.rollout_batch_size, len(rows)))]
+    items = [(*rows[i], i) for i in indices]
+    prompts, summary = usable(items, lambda item: make_prompt(*item, key, tokenizer, limit, args), args)
+    part = "" if args.iter is None else f", iteration {args.iter} of {len(rows):,} rows"
+    note(f"data   {len(prompts):,} prompts from column {key}{part} | {summary}")
+    return prompts
+
+
+def make_prompt(where, row, index, key, tokenizer, limit, args):
+    """The Prompt of a row, tokenised as sft.py tokenises the same row: the trained prompt is the one seen here."""
+    value = row.get(key)
+    if not isinstance(value, str | list):
+        raise ValueError(f"prompt is neither text nor messages but {type(value).__name__}")
+    if key == "instruction" and row.get("input"):  # Alpaca's rows
+        value = f"{value}\n\n{row['input']}"
+    messages = as_messages(value, "user") if isinstance(value, list) or args.apply_chat_template else []
+    while messages and messages[-1]["role"] == "assistant":  # a conversation: the model writes its own answer
+        messages.pop()
+    text = value if isinstance(value, str) else "".join(message["content"] for message in messages)
+    if not text.strip():
+        raise ValueError("empty prompt")
+    if messages:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    elif args.input_template:
+        text = args.input_template.replace("{}", text)
+    ids = prompt_ids(tokenizer, text, bos=not messages)
+    if len(ids) > args.prompt_max_len:
+        raise ValueError(f"longer than --prompt_max_len {args.prompt_max_len}")
+    if len(ids) >= limit:
+        raise ValueError(f"no room for a response in {limit} tokens")
+    if not messages and ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
+        forms = [tokenizer.bos_token + text, tokenizer.decode(ids)]  # some tokenizers want a blank behind BOS
+        text = next((form for form in forms if prompt_ids(tokenizer, form, bos=False) == ids), forms[0])
+    return Prompt(index, text, ids, messages, min(args.max_new_tokens, limit - len(ids)))
+
+
+def prompt_ids(tokenizer, text, bos):
+    """Token ids of a rendered prompt, as in a training example that starts with it."""
+    return label_tokens((text, [], True, bos), tokenizer, (), 2**31)[0].tolist()[:-1]  # less EOS
+
+
+def context_limit(args):
+    """Tokens of prompt + sample that fit into the model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    if args.max_model_len and args.max_model_len > limit:
+        die(f"--max_model_len {args.max_model_len} is more than the model's {limit}")
+    return args.max_model_len or min(args.prompt_max_len + args.max_new_tokens, limit)
+
+
+def score_text(row, keys, tokenizer, openrlhf, args):
+    """The rendered text of a row as the reward model reads it."""
+    prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
+    reason, chat = row.get("finish_reason"), args.apply_chat_template
+    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    if reason is not None:  # our own row: its input is rendered for the policy, messages are not
+        prompt, chat = (row["messages"], True) if chat and row.get("messages") else (prompt, False)
+    if not chat and isinstance(prompt, str) and isinstance(response, str):
+        return render(tokenizer, prompt, response.removesuffix(tokenizer.eos_token), args, reason)
+    text, spans, *_ = chat_text(tokenizer, as_messages(prompt, "user") + as_messages(response, "assistant"), False)
+    if reason == "length":  # without what the template writes behind the answer
+        text = text[: text.find(response.strip(), spans[-1][0]) + len(response.strip())]
+    elif openrlhf:
+        text = text.rstrip("\n")
+    finished = openrlhf and reason != "length" and not text.endswith(tokenizer.eos_token)
+    return text, [(spans[-1][0], len(text))], finished, False
+
+
+def make_score_trees(rows, tokenizer, openrlhf, args):
+    """Trees of the rows that can be scored, each with the indices of its rows: responses to the same prompt text hang
+    together, at most micro_batch_size of them. Returns (trees, column of the prompt)."""
+    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
+    layouts += [(i, o) for i in ("prompt", "question") for o in ("response", "completion", "answer")]
+    layouts = [("input", "output")] if "finish_reason" in rows[0][1] else layouts
+    keys = find_keys(rows, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
+
+    def encode(item):
+        rendered = score_text(item[1], keys, tokenizer, openrlhf, args)
+        encoding = label_tokens(rendered, tokenizer, (), 2**31)
+        if len(encoding[0]) > args.max_len:
+            raise ValueError(f"longer than --max_len {args.max_len}")
+        return rendered[0][: rendered[1][0][0]], (item[2], encoding)
+
+    encoded, summary = usable([(*row, i) for i, row in enumerate(rows)], encode, args)
+    groups, trees = collections.defaultdict(list), []
+    for prompt, scored in encoded:
+        groups[prompt].append(scored)
+    for group in groups.values():
+        for begin in range(0, len(group), args.micro_batch_size):
+            indices, encodings = zip(*group[begin : begin + args.micro_batch_size], strict=True)
+            trees.append({**make_tree(encodings), "rows": indices})
+    saved = sum(len(ids) for _, (_, (ids, _)) in encoded) / sum(map(tree_length, trees))
+    note(f"data   {len(encoded):,} rows of {len(groups):,} prompts, {saved:.1f}x fewer tokens | {summary}")
+    return trees, keys[0]
 
 
 # --- packing, attention
@@ -520,10 +525,10 @@ def split_step(lengths, world_size, max_examples, max_tokens=None):
 def pack_trees(trees, device):
     """Lays trees end to end in one row of T tokens, no padding: a prompt, its responses, the next prompt, ...
 
-    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a first
-    response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden state
-    that predicts each trained token (the LAST prompt token predicts the first of EVERY response). targets [N]:
-    that token. owners [N]: the index of its response in the pack.
+    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a
+    first response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden
+    state that predicts each trained token (the LAST prompt token predicts the first of EVERY response).
+    targets [N]: that token. owners [N]: the index of its response in the pack.
     """
     input_ids, position_ids, spans, positions, targets, owners = [], [], [], [], [], []
     cursor = 0
@@ -567,8 +572,8 @@ def pack_trees(trees, device):
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Attention that follows the trees of pack_trees, for any Hugging Face model: attn_implementation "tree".
 
-    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees its
-    prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
+    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees
+    its prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
     """
     segments, softcap = options.pop("segments", None), options.pop("softcap", None)
     window = (options.pop("sliding_window", None) or 0) - 1  # -1: unlimited
@@ -606,6 +611,12 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
 # --- files
 
 
+def sha256_all(files):
+    """The sha256 of each file, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest(), files))
+
+
 def fingerprint(names):
     """Identity of a model or datasets (comma list): sha256 over the contents of the files, or a hub name."""
     if "," in names:
@@ -617,12 +628,6 @@ def fingerprint(names):
     patterns = ("model*.safetensors*", "*config.json", "tokenizer*", "*.jinja") if is_model else ("**/*",)
     files = {p for pattern in patterns for p in path.glob(pattern) if p.is_file()} or {path}
     return hashlib.sha256("".join(sha256_all(sorted(files))).encode()).hexdigest()
-
-
-def sha256_all(files):
-    """The sha256 of each file, several at a time."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest(), files))
 
 
 def write_atomic(path, text):
@@ -641,32 +646,15 @@ def difference(old, new):
 
 
 def write_rows(path, rows):
-    """JSON lines, written beside, synced, renamed. Returns the file's sha256."""
+    """JSON lines, written beside, synced, renamed."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
-    return sha256_all([path])[0]
 
 
-def identify_stage(args, tokenizer):
-    """What decides the output: flags, the contents of model and data. Speed, places and the number of ranks do not."""
-    free = (
-        "pretrain output_path flash_attn trust_remote_code tokenizer_chat_template dataset max_drop_ratio micro_batch_size "
-        "tp_size max_num_seqs gpu_memory_utilization enable_prefix_caching zero_stage local_rank scored_path"
-    )
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free.split()}
-    contents = {"weights": fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
-    return json.loads(json.dumps({**flags, **contents, "chat_template": tokenizer.chat_template}))  # as it will be read back
-
-
-def outputs(args):
-    """The files that the stage makes."""
-    return [path for path in (args.output_path, args.scored_path) if path]
-
-
-def read_json_file(path):
+def read_object(path):
     """A JSON object, or {} where there is none."""
     try:
         return json.loads(Path(path).read_text())
@@ -674,38 +662,50 @@ def read_json_file(path):
         return {}
 
 
+def outputs(args):
+    """The files that the stage makes."""
+    return [path for path in (args.output_path, args.scored_path) if path]
+
+
+def identify_stage(args, tokenizer):
+    """What decides the output: flags and the contents of model and data, not speed, places or number of ranks."""
+    free = "pretrain output_path scored_path dataset flash_attn trust_remote_code max_drop_ratio micro_batch_size tp_size "
+    free += "max_num_seqs gpu_memory_utilization enable_prefix_caching zero_stage local_rank tokenizer_chat_template"
+    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free.split()}
+    contents = {"weights": fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
+    return json.loads(json.dumps({**flags, **contents, "chat_template": tokenizer.chat_template}))  # as it is read back
+
+
 def open_stage(args, identity):
-    """What this command has to do (rank 0): ("done", None), or (the number of earlier starts, the stage's lock)."""
-    output, partial = Path(args.output_path), Path(f"{args.output_path}.partial")
-    meta = read_json_file(f"{output}.meta.json")
-    names = [path for path in outputs(args) if Path(path).is_file()]
-    if meta.get("identity") == identity and dict(zip(names, sha256_all(names), strict=True)) == meta["files"]:
+    """What this command has to do (rank 0): ("done", None), or (number of earlier starts, the stage's lock)."""
+    output, partial, meta = args.output_path, Path(f"{args.output_path}.partial"), read_object(f"{args.output_path}.meta.json")
+    found = [path for path in outputs(args) if Path(path).exists()]
+    if meta.get("identity") == identity and sha256_all(found) == meta["sha256"]:
         note(f"done   {output} is complete and made by this command: nothing to do")
         return "done", None
-    if output.exists():
-        note(f"notice {output} is replaced: {difference(meta.get('identity', {}), identity) if meta else 'not made by this script'}")
+    if output in found:
+        why = difference(meta["identity"], identity) if meta else "not made by this script"
+        note(f"notice {output} will be replaced: {why or 'changed since'}")
     partial.mkdir(parents=True, exist_ok=True)
     lock = open(partial / "lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         die(f"--output_path {output}: another process is writing there")
-    old, parts = read_json_file(partial / "identity.json"), sorted(partial.glob("*.jsonl"))
-    if old != identity:
-        if parts:
-            note(f"notice {partial} is of another command and starts over: {difference(old, identity)}")
+    old, parts = read_object(partial / "identity.json"), list(partial.glob("*.jsonl"))
+    if old != identity and parts:
+        note(f"notice {partial} is of another command, starting over: {difference(old, identity)}")
         for path in parts:
             path.unlink()
-        parts = []
-        write_atomic(partial / "identity.json", json.dumps(identity))
-    return max((int(path.name.split(".")[0]) for path in parts), default=0), lock
+    write_atomic(partial / "identity.json", json.dumps(identity))
+    return max((int(path.name.split(".")[0]) for path in partial.glob("*.jsonl")), default=0), lock
 
 
 class Parts:
-    """Finished results on disk while the stage runs: a JSONL in <output_path>.partial/ for each start and rank.
+    """Finished results on disk while the stage runs: in <output_path>.partial/, a JSONL for each start and rank.
 
-    A start never writes into an old file, so a line that was cut off by a kill is simply not there. The key of a
-    result is (id, sample); for rewards (index of the row, 0).
+    A start never writes into an old file, so a line that a kill cut off is simply not there. Results are known by
+    (id, sample); rewards by (index of the row, 0).
     """
 
     def __init__(self, args, start, rank):
@@ -714,214 +714,174 @@ class Parts:
         self.file = open(self.folder / f"{start + 1}.{rank}.jsonl", "w", encoding="utf-8")
 
     def read(self, last_start=math.inf):
-        """{key: row} of all results up to a start."""
-        results = {}
-        for path in self.folder.glob("*.jsonl"):
-            if int(path.name.split(".")[0]) <= last_start:
-                for line in path.read_bytes().split(b"\n")[:-1]:
-                    row = json.loads(line)
-                    results[row["id"], row["sample"]] = row
-        return results
+        """{(id, sample): row} of all results up to a start."""
+        paths = [path for path in self.folder.glob("*.jsonl") if int(path.name.split(".")[0]) <= last_start]
+        rows = [json.loads(line) for path in paths for line in path.read_bytes().split(b"\n")[:-1]]
+        return {(row["id"], row["sample"]): row for row in rows}
 
     def write(self, rows):
         """Appends finished results."""
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self.file.flush()
+        try:
+            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.file.flush()
+        except OSError as e:
+            die(f"{self.file.name}: {e.strerror}; what is written stays, the same command continues")
 
 
 class Progress:
     """A line on the console every few seconds: how much is done, at what rate, for how long still."""
 
-    def __init__(self, label, unit, done, total):
-        self.label, self.unit, self.before, self.done, self.total = label, unit, done, done, total
+    def __init__(self, unit, done, total):
+        self.unit, self.earlier, self.done, self.total = unit, done, done, total
         self.tokens, self.started, self.last = 0, time.time(), time.time()
         if done:
             note(f"resume {done:,} of {total:,} {unit} were done before")
 
     def add(self, n, tokens):
         self.done, self.tokens, now = self.done + n, self.tokens + tokens, time.time()
-        if now - self.last < 5 and self.done < self.total:
+        if now < self.last + 5 and self.done < self.total:
             return
-        seconds, self.last = max(now - self.started, 1e-9), now
-        rate = (self.done - self.before) / seconds
-        left = datetime.timedelta(seconds=int((self.total - self.done) / max(rate, 1e-9)))
-        note(f"{self.label:6} {self.done:>7,}/{self.total:,} {self.unit}  {rate:,.1f}/s  {self.tokens / seconds:,.0f} tok/s  eta {left}")
+        self.last, seconds = now, max(now - self.started, 1e-9)
+        rate = (self.done - self.earlier) / seconds
+        left = datetime.timedelta(seconds=int((self.total - self.done) / rate))
+        speed = f"{rate:,.1f} {self.unit}/s  {self.tokens / seconds:,.0f} tok/s"
+        note(f"done   {self.done:,}/{self.total:,} {self.unit}  {speed}  eta {left}")
 
 
-# --- generation
+# --- sampling
 
 
 def request_seed(args, prompt):
-    """62 bits that no two prompts or iterations share; sample k uses this + k (vLLM does so itself)."""
+    """62 bits of its own for each prompt and iteration; sample k uses this + k, as vLLM does by itself."""
     text = f"{args.seed} {args.iter} {prompt.id}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
-def context_limit(args):
-    """Tokens of prompt + sample that fit into the model."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
-    if args.max_model_len and args.max_model_len > limit:
-        die(f"--max_model_len {args.max_model_len} is more than the model's {limit}")
-    return int(args.max_model_len or min(args.prompt_max_len + args.max_new_tokens, limit))
-
-
-def room(prompt, limit, args):
-    """Tokens that a sample of this prompt may have."""
-    return min(args.max_new_tokens, limit - len(prompt.ids))
-
-
 def sample_row(prompt, sample, ids, tokenizer, stop_ids, args):
-    """The row of a sample from its token ids, which end with, or go on behind, the first stop token."""
+    """The row of a sample; ids end with the first stop token, or go on behind it."""
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    before = prompt.ids[-16:]  # decoded with its left neighbours: some tokenizers drop a blank at the start of a text
-    text = tokenizer.decode(before + ids[:end], clean_up_tokenization_spaces=False)
-    text = text[len(tokenizer.decode(before, clean_up_tokenization_spaces=False)) :]
+    context = prompt.ids[-16:]  # decoded with it: some tokenizers drop a blank at the start of a text
+    text = tokenizer.decode(context + ids[:end], clean_up_tokenization_spaces=False)
+    text = text[len(tokenizer.decode(context, clean_up_tokenization_spaces=False)) :]
     cuts = [text.find(stop) for stop in args.stop if stop in text]
-    reason = "length" if end is None and not cuts else "stop"
-    row = {"id": prompt.id, "sample": sample, "input": prompt.text, "output": text[: min(cuts, default=None)], "finish_reason": reason}
+    row = {"id": prompt.id, "sample": sample, "input": prompt.text, "output": text[: min(cuts, default=None)]}
+    row["finish_reason"] = "length" if end is None and not cuts else "stop"
     return row | ({"messages": prompt.messages} if prompt.messages else {})
 
 
 def unfinished(prompts, parts, args):
-    """The prompts that have not all their samples yet."""
+    """The prompts that do not have all their samples yet."""
     return [p for p in prompts if any((p.id, k) not in parts.done for k in range(args.best_of_n))]
 
 
-def generate_vllm(prompts, parts, tokenizer, stop_ids, limit, args):
-    """Every prompt is one request for all its samples; the engine runs full, and what finishes goes to disk at once."""
+def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
+    """Each prompt is one request for all its samples; the engine runs full, and what finishes goes to disk."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    platform = {}
-    if not torch.cuda.is_available():  # in one process and without compiling, it starts in 9 s instead of 21
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    settings = {"tensor_parallel_size": args.tp_size, "max_num_seqs": args.max_num_seqs, "max_model_len": context_limit(args)}
+    settings |= {"gpu_memory_utilization": args.gpu_memory_utilization, "trust_remote_code": args.trust_remote_code}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        platform = {"enforce_eager": True, "block_size": 32}  # only whole blocks of a prompt are shared; default 128
+        settings |= {"enforce_eager": True, "block_size": 32}  # samples share whole blocks of a prompt; default 128
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    todo = {str(p.id): p for p in unfinished(prompts, parts, args)}
-    progress = Progress("gen", "prompts", len(prompts) - len(todo), len(prompts))
-    if not todo:
-        return
-    engine = LLM(
-        args.pretrain,
-        dtype="bfloat16" if args.bf16 else "float32",
-        seed=args.seed % 2**31,
-        tensor_parallel_size=args.tp_size,
-        max_num_seqs=args.max_num_seqs,
-        max_model_len=limit,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        trust_remote_code=args.trust_remote_code,
-        enable_prefix_caching=True,
-        use_tqdm_on_load=False,
-        **platform,
-    ).llm_engine
+    dtype = "bfloat16" if args.bf16 else "float32"
+    engine = LLM(args.pretrain, dtype=dtype, enable_prefix_caching=True, use_tqdm_on_load=False, **settings).llm_engine
+    todo = {str(prompt.id): prompt for prompt in unfinished(prompts, parts, args)}
+    progress = Progress("prompts", len(prompts) - len(todo), len(prompts))
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    flags = {name: getattr(args, name) for name in names} | {"n": args.best_of_n, "stop": list(args.stop)}
+    flags |= {"stop_token_ids": sorted(stop_ids), "detokenize": bool(args.stop)}  # text is made by sample_row
     for name, prompt in todo.items():
-        params = SamplingParams(
-            n=args.best_of_n,
-            seed=request_seed(args, prompt),
-            max_tokens=room(prompt, limit, args),
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            stop=list(args.stop),
-            stop_token_ids=sorted(stop_ids),
-            detokenize=bool(args.stop),  # the text is made from the token ids, as in generate()
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        own = {"seed": request_seed(args, prompt), "max_tokens": prompt.room}
+        params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **flags, **own)
         engine.add_request(name, {"prompt_token_ids": prompt.ids}, params)
     while engine.has_unfinished_requests():
         for result in engine.step():
             if result.finished:
-                prompt, samples = todo[result.request_id], sorted(result.outputs, key=lambda output: output.index)
+                samples, prompt = sorted(result.outputs, key=lambda output: output.index), todo[result.request_id]
                 parts.write(sample_row(prompt, s.index, list(s.token_ids), tokenizer, stop_ids, args) for s in samples)
                 progress.add(1, sum(len(s.token_ids) for s in samples))
+    engine.engine_core.shutdown()
 
 
 class Sampler:
-    """Chooses the tokens of a Hugging Face batch as vLLM does: penalty, temperature, min_p, top_k, top_p, in this order.
+    """Chooses tokens as vLLM does: penalty, temperature, min_p, top_k, top_p, in this order.
 
-    Called with (ids [B, T], logits [B, V]), it leaves one token that is not -inf in each row. A token is drawn by inverting
-    the distribution function at a uniform number that only (sample's seed, position) decide.
+    A logits processor for Hugging Face's generate(): of the logits [B, V] it leaves one per row. A token is where the
+    distribution function passes a uniform number that only the sample's seed and the position decide.
     """
 
     def __init__(self, args, seeds, mask, steps):
-        self.args, self.prompt, self.mask = args, mask.shape[1], mask
-        self.uniforms = torch.from_numpy(np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])).to(mask.device)
+        self.args, self.width, self.mask = args, mask.shape[1], mask  # mask [B, width]: 0 on the padding before a prompt
+        uniforms = np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])
+        self.uniforms = torch.from_numpy(uniforms).to(mask.device)  # [B, steps]
 
     def __call__(self, input_ids, scores):
-        args, logits = self.args, scores.float()
-        if args.repetition_penalty != 1:
-            real = F.pad(self.mask, (0, input_ids.shape[1] - self.prompt), value=1)  # padding was not said
-            seen = torch.zeros_like(logits).scatter_add_(1, input_ids, real.float()) > 0
-            penalised = torch.where(logits > 0, logits / args.repetition_penalty, logits * args.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
-        if args.temperature == 0:
+        penalty, logits, step = self.args.repetition_penalty, scores.float(), input_ids.shape[1] - self.width
+        if penalty != 1:
+            seen = torch.zeros_like(logits).scatter_add_(1, input_ids, F.pad(self.mask, (0, step), value=1).float()) > 0
+            logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self.args.temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
-            cumulative = self.probabilities(logits / args.temperature).double().cumsum(-1)
-            point = self.uniforms[:, input_ids.shape[1] - self.prompt, None] * cumulative[:, -1:]
+            cumulative = self.probabilities(logits / self.args.temperature).double().cumsum(-1)
+            point = self.uniforms[:, step, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
 
     def probabilities(self, logits):
-        """[B, V], zero where min_p, top_k or top_p exclude a token (not normalised)."""
-        args = self.args
-        if args.min_p > 0:
-            logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(args.min_p), -math.inf)
-        if 0 < args.top_k < logits.shape[1]:
-            logits = logits.masked_fill(logits < logits.topk(args.top_k).values[:, -1:], -math.inf)
+        """[B, V], not normalised, 0 where min_p, top_k or top_p exclude a token."""
+        min_p, top_k, top_p = self.args.min_p, self.args.top_k, self.args.top_p
+        if min_p > 0:
+            logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+        if 0 < top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
         probs = logits.softmax(-1)
-        if args.top_p < 1:
+        if top_p < 1:
             ranked, order = probs.sort(-1, descending=True)
-            kept = ranked.masked_fill(ranked.cumsum(-1) - ranked >= args.top_p, 0.0)
+            kept = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)
             probs = torch.zeros_like(probs).scatter_(1, order, kept)
         return probs
 
 
-def make_batches(prompts, limit, args):
-    """Prompts of similar length, at most micro_batch_size, all with the same number of tokens to go."""
+def make_batches(prompts, args):
+    """Prompts of similar length, the longest first, at most micro_batch_size and all with the same room."""
     batches = []
-    for prompt in sorted(prompts, key=lambda p: len(p.ids)):
-        full = not batches or len(batches[-1]) == args.micro_batch_size
-        if full or room(batches[-1][0], limit, args) != room(prompt, limit, args):
+    for prompt in sorted(prompts, key=lambda prompt: -len(prompt.ids)):
+        if not batches or len(batches[-1]) == args.micro_batch_size or batches[-1][0].room != prompt.room:
             batches.append([])
         batches[-1].append(prompt)
     return batches
 
 
 @torch.inference_mode()
-def generate(prompts, parts, tokenizer, stop_ids, limit, args, rank, world_size, device):
-    """Hugging Face generation, batch after batch, each rank every world_size-th."""
+def generate(prompts, parts, tokenizer, stop_ids, args, rank, world_size, device):
+    """Hugging Face generation, batch after batch; each rank takes every world_size-th."""
     from transformers import GenerationConfig
 
     todo = unfinished(prompts, parts, args)
-    share = make_batches(todo, limit, args)[::-1][rank::world_size]  # longest first: what does not fit is seen at once
-    progress = Progress("gen", "prompts", len(prompts) - len(todo), len(prompts) if world_size == 1 else sum(map(len, share)))
+    batches = make_batches(todo, args)[rank::world_size]
     model = load_model(args.pretrain, args).to(device).eval()
-    text_config = model.config.get_text_config()
-    sdpa = model._supports_sdpa and getattr(text_config, "attn_logit_softcapping", None) is None  # which it would ignore
-    model.set_attn_implementation("sdpa" if sdpa else "eager")
-    pad = min(stop_ids)
-    model.generation_config = GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=pad)  # not the checkpoint's
-    for batch in share:
-        n, steps, width = args.best_of_n, room(batch[0], limit, args), len(batch[-1].ids)
-        ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in batch for _ in range(n)], device=device)
-        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in batch for _ in range(n)], device=device)
-        sampler = Sampler(args, [request_seed(args, p) + k for p in batch for k in range(n)], mask, steps)
-        stops = {"stop_strings": list(args.stop), "tokenizer": tokenizer} if args.stop else {}
-        limits = {"max_new_tokens": steps, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        found = model.generate(ids, attention_mask=mask, logits_processor=[sampler], **limits, **stops)[:, width:].tolist()
-        pairs = [(p, k) for p in batch for k in range(n)]
-        parts.write(sample_row(p, k, out, tokenizer, stop_ids, args) for (p, k), out in zip(pairs, found, strict=True))
-        progress.add(len(batch), sum(next((i + 1 for i, t in enumerate(out) if t in stop_ids), len(out)) for out in found))
-
-
-# --- scoring
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa would ignore
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and softcap is None else "eager")
+    pad, n = min(stop_ids), args.best_of_n
+    # in place of the checkpoint's, whose top_k, repetition_penalty, ... would apply on top of ours
+    model.generation_config = GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=pad, do_sample=False)
+    stops = {"stop_strings": list(args.stop), "tokenizer": tokenizer} if args.stop else {}
+    before = len(prompts) - len(todo)
+    progress = Progress("prompts", before, before + sum(map(len, batches)))
+    for batch in batches:
+        samples, width = [(prompt, k) for prompt in batch for k in range(n)], len(batch[0].ids)
+        ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p, _ in samples], device=device)
+        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p, _ in samples], device=device)
+        sampler = Sampler(args, [request_seed(args, p) + k for p, k in samples], mask, batch[0].room)
+        found = model.generate(ids, attention_mask=mask, logits_processor=[sampler], max_new_tokens=batch[0].room, **stops)
+        found = [row[width:] for row in found.tolist()]
+        parts.write(sample_row(p, k, row, tokenizer, stop_ids, args) for (p, k), row in zip(samples, found, strict=True))
+        progress.add(len(batch), sum(next((i for i, t in enumerate(row, 1) if t in stop_ids), len(row)) for row in found))
 
 
 def load_model(path, args):
@@ -941,127 +901,125 @@ def load_model(path, args):
     return model
 
 
+# --- scoring
+
+
 def reward_config(args):
-    """(config.json of the reward model as a dict, whether it was saved by OpenRLHF)."""
+    """(config.json of the reward model as a dict, whether the model is OpenRLHF's)."""
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code).to_dict()
-    except (OSError, ValueError) as e:
-        die(f"model {args.pretrain}: {str(e).splitlines()[0]}")
+    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code).to_dict()
     hugging_face = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
     return config, "value_head_prefix" in config or not hugging_face
 
 
-class RewardModel(nn.Module):
-    """A body with a linear head of one output: forward(trees) -> rewards [responses], fp32."""
+class RewardModel:
+    """A body with a linear head of one output, in fp32: model(trees) -> rewards [responses]."""
 
     def __init__(self, args, device):
-        super().__init__()
-        config, self.openrlhf = reward_config(args)
-        self.mean, self.std = (config[name] if config.get(name) is not None else default for name, default in (("mean", 0.0), ("std", 1.0)))
-        if not self.std > 0 or not math.isfinite(self.mean):
-            die(f"model {args.pretrain}: config.json has mean {self.mean} and std {self.std}")
+        config, openrlhf = reward_config(args)
+        self.mean, self.std = config.get("mean") or 0.0, 1.0 if config.get("std") is None else config["std"]
+        if not self.std > 0:
+            die(f"model {args.pretrain}: std in its config.json is {self.std}")
         prefix = config.get("value_head_prefix") or args.value_head_prefix
-        model, info = load_reward_model(args, {rf"^{prefix}\.": "score."} if self.openrlhf else None)
-        head = getattr(model, "score", None)
-        if info["mismatched_keys"]:
-            shapes = {name: tuple(shape) for name, shape, _ in info["mismatched_keys"]}
-            die(f"model {args.pretrain}: a reward model has one label; its head is {shapes}")
+        self.model, info = load_classifier(args, {rf"^{prefix}\.": "score."} if openrlhf else None)
+        head = getattr(self.model, "score", None)
+        for name, found, _ in info["mismatched_keys"]:
+            die(f"model {args.pretrain}: {name} has shape {tuple(found)}: a reward model has a head with one label")
         if info["missing_keys"] or not isinstance(head, nn.Linear):
             missing = ", ".join(sorted(info["missing_keys"])[:3]) or "score"
-            die(f"model {args.pretrain}: not a reward model, the checkpoint lacks {missing}; --value_head_prefix names another head")
-        self.pad = None if self.openrlhf else model.config.get_text_config().pad_token_id
-        self.model, self.device, self.body = model.to(device).eval(), device, [model.base_model]
+            die(f"model {args.pretrain}: no {missing} in its checkpoint: no reward model, or give --value_head_prefix")
+        self.model, self.device = self.model.to(device).eval(), device
         self.head = [head.weight.float(), None if head.bias is None else head.bias.float()]
+        self.pad = None if openrlhf else self.model.config.get_text_config().pad_token_id
 
-    def forward(self, trees):
+    def hidden(self, trees):
+        """Hidden states [responses, H] that the head looks at."""
         pack = pack_trees(trees, self.device)
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
-        hidden = self.body[0](**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
-        return self.reward(hidden[torch.tensor(last_tokens(trees, self.pad), device=self.device)])
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # [T, H]
+        return hidden[torch.tensor(last_tokens(trees, self.pad), device=self.device)]
 
-    def reward(self, hidden):
-        """hidden [K, H] -> rewards [K]."""
-        return (F.linear(hidden.float(), *self.head)[:, 0] - self.mean) / self.std
+    def __call__(self, trees):
+        return (F.linear(self.hidden(trees).float(), *self.head)[:, 0] - self.mean) / self.std
 
 
-def load_reward_model(args, key_mapping):
-    """(sequence classifier with tree attention and a head in fp32, what was not in the checkpoint)."""
+def load_classifier(args, key_mapping):
+    """(sequence classifier with tree attention and a head in fp32, what its checkpoint lacks)."""
     from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification
 
     AttentionInterface.register("tree", tree_attention)
-    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code, num_labels=1)
     flags = {"trust_remote_code": args.trust_remote_code, "attn_implementation": "tree"}
+    config = AutoConfig.from_pretrained(args.pretrain, num_labels=1, trust_remote_code=args.trust_remote_code)
+    settings = {"config": config, "dtype": torch.bfloat16 if args.bf16 else torch.float32, "key_mapping": key_mapping}
+    settings |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # both are errors, in our words
     try:
         with torch.device("meta"):
             kind = type(AutoModelForSequenceClassification.from_config(config, **flags))
         kind._keep_in_fp32_modules_strict = {*(kind._keep_in_fp32_modules_strict or ()), "score"}
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        settings = {"dtype": dtype, "key_mapping": key_mapping, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        return AutoModelForSequenceClassification.from_pretrained(args.pretrain, config=config, **settings, **flags)
+        return AutoModelForSequenceClassification.from_pretrained(args.pretrain, **settings, **flags)
     except (OSError, ValueError) as e:
         die(f"model {args.pretrain}: {str(e).splitlines()[0]}")
 
 
 def last_tokens(trees, pad):
-    """Positions, in the row of pack_trees, of the token that a score is read from: each response's last that is not pad."""
-    positions, cursor = [], 0
+    """Places in the row of pack_trees: the last token of each response, or of its prompt, that is not pad."""
+    places, cursor = [], 0
     for tree in trees:
         n_prompt, start = len(tree["prompt"]), cursor
         cursor += n_prompt
         for ids in tree["responses"]:
             real = np.flatnonzero(np.concatenate([tree["prompt"], ids]) != (-1 if pad is None else pad))
             last = int(real[-1]) if len(real) else 0
-            positions.append(start + last if last < n_prompt else cursor + last - n_prompt)
+            places.append(start + last if last < n_prompt else cursor + last - n_prompt)
             cursor += len(ids)
-    return positions
+    return places
 
 
-@torch.inference_mode()
 def check_rewards(model, args):
-    """Stops unless the scores in a tree equal those of the model's own eager attention, each response alone."""
-    ids = ((np.arange(40) * 7919 + 11) % model.model.config.get_text_config().vocab_size).astype(np.int32)
-    branches = [ids[16:27], ids[27:]]
-    tree = {"prompt": ids[:16], "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
-    inputs = {name: value for name, value in pack_trees([tree], model.device).items() if name in ("input_ids", "position_ids", "segments")}
-    in_tree = model.body[0](**inputs, use_cache=False).last_hidden_state[0, [26, 39]]
+    """Stops unless a tree's hidden states equal those of the model's own eager attention, each response alone."""
+    ids = np.arange(40) * 7919 % (model.model.config.get_text_config().vocab_size - 9) + 9  # no special token
+    prompt, branches = ids[:16].astype(np.int32), [ids[16:27].astype(np.int32), ids[27:].astype(np.int32)]
+    tree = {"prompt": prompt, "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
+    in_tree = model.hidden([tree]).float()
     model.model.set_attn_implementation("eager")
-    rows = [torch.from_numpy(np.concatenate([ids[:16], branch])).long()[None].to(model.device) for branch in branches]
-    alone = torch.cat([model.body[0](input_ids=row, use_cache=False).last_hidden_state[0, -1:] for row in rows])
+    rows = [torch.from_numpy(np.concatenate([prompt, b])).long()[None].to(model.device) for b in branches]
+    alone = torch.cat([model.model.base_model(row, use_cache=False).last_hidden_state[0, -1:] for row in rows]).float()
     model.model.set_attn_implementation("tree")
-    error = ((in_tree - alone).float().norm() / alone.float().norm()).item()
+    error = ((in_tree - alone).norm() / alone.norm()).item()
     if not error < (0.1 if args.bf16 else 1e-4):
-        die(f"{type(model.model).__name__}: hidden states in a tree differ from the model's own by {error:.2g}: not supported")
+        die(f"{type(model.model).__name__}: tree attention differs from the model's own by {error:.2g}: not supported")
 
 
 @torch.inference_mode()
 def score(trees, parts, args, rank, world_size, device):
-    """Rewards of all rows of the trees. The plan is the same at every start with as many ranks; what is done is skipped."""
+    """Rewards of all rows of the trees, balanced over the ranks by tokens.
+
+    The plan is the same at every start with as many ranks: what is scored after a kill has the same neighbours.
+    """
     per_pass = max(1, args.micro_batch_size // max(len(tree["rows"]) for tree in trees))
-    plan, block = [], 32 * world_size * per_pass  # planned in blocks, as split_step takes quadratic time
+    plan, block = [], 32 * world_size * per_pass  # in blocks, as split_step takes quadratic time
     for begin in range(0, len(trees), block):
         lengths = [tree_length(tree) for tree in trees[begin : begin + block]]
-        plan += [[trees[begin + i] for i in bin] for bin in split_step(lengths, world_size, per_pass)[rank] if bin]
-    n_rows = [sum(len(tree["rows"]) for tree in bin) for bin in plan]
-    todo = [all((i, 0) in parts.done for tree in bin for i in tree["rows"]) for bin in plan]
-    progress = Progress("rm", "rows", sum(n for n, done in zip(n_rows, todo, strict=True) if done), sum(n_rows))
+        plan += [[trees[begin + i] for i in bin] for bin in split_step(lengths, world_size, per_pass)[rank]]
+    todo = [bin for bin in plan if any((i, 0) not in parts.done for tree in bin for i in tree["rows"])]
+    n_rows, n_todo = (sum(len(tree["rows"]) for bin in bins for tree in bin) for bins in (plan, todo))
     model = RewardModel(args, device)
     check_rewards(model, args)
-    for bin, done in zip(plan, todo, strict=True):
-        if not done:
-            rows, rewards = [i for tree in bin for i in tree["rows"]], model(bin).tolist()
-            parts.write({"id": i, "sample": 0, "reward": r} for i, r in zip(rows, rewards, strict=True))
-            progress.add(len(rows), sum(map(tree_length, bin)))
+    progress = Progress("rows", n_rows - n_todo, n_rows)
+    for bin in todo:
+        indices, rewards = [i for tree in bin for i in tree["rows"]], model(bin).tolist()
+        parts.write({"id": i, "sample": 0, "reward": reward} for i, reward in zip(indices, rewards, strict=True))
+        progress.add(len(indices), sum(map(tree_length, bin)))
 
 
 def best_samples(rows, key):
     """Rejection sampling: of each prompt the row with the highest reward; the first wins ties, null never wins."""
     best = {}
     for row in rows:
-        group = json.dumps([row.get("id"), row.get(key)], default=str)
-        if row["reward"] is not None and (group not in best or row["reward"] > best[group]["reward"]):
-            best[group] = row
+        prompt = json.dumps([row.get("id"), row.get(key)], default=str)
+        if row["reward"] is not None and (prompt not in best or row["reward"] > best[prompt]["reward"]):
+            best[prompt] = row
     return list(best.values())
 
 
@@ -1069,130 +1027,120 @@ def best_samples(rows, key):
 
 
 def start(args):
-    """Checks flags, finds rank and device, quiets libraries. Returns (rank, world_size, device); no process group yet."""
+    """Checks flags, finds (rank, world_size, device), quiets libraries; there is no process group yet."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for name in "rollout_batch_size best_of_n prompt_max_len max_new_tokens micro_batch_size tp_size max_num_seqs max_len".split():
-        if getattr(args, name) < 1:
-            die(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.greedy_sampling:
-        args.temperature = 0.0
-    args.top_k = max(args.top_k, 0)  # -1 is another way to say off
-    checks = {
-        "temperature": 0 <= args.temperature <= 2,
-        "top_p": 0 < args.top_p <= 1,
-        "min_p": 0 <= args.min_p <= 1,
-        "repetition_penalty": 0 < args.repetition_penalty < math.inf,
-        "gpu_memory_utilization": 0 < args.gpu_memory_utilization <= 1,
-        "iter": args.iter is None or args.iter >= 0,
-        "max_model_len": args.max_model_len is None or args.max_model_len > 1,
-        "zero_stage": args.zero_stage in range(4),
-    }
-    for name, valid in checks.items():
-        if not valid:
-            die(f"--{name} {getattr(args, name)} is out of range")
-    if args.temperature == 0 and args.best_of_n > 1:
-        die(f"--greedy_sampling gives one answer per prompt: --best_of_n {args.best_of_n} samples would be the same")
-    check_task(args, world_size)
-    if args.input_template is not None:  # a heredoc leaves \n as two characters, and "" as two quotes
-        args.input_template = args.input_template.replace("\\n", "\n")
+    args.temperature = 0.0 if args.greedy_sampling else args.temperature
+    args.top_k = max(args.top_k, 0)  # -1 is another way to say all
+    args.stop = tuple(text.replace("\\n", "\n") for text in args.stop if text)
+    args.post_processor = None if args.post_processor == "null" else args.post_processor
+    if args.input_template is not None:
+        args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
         if "{}" not in args.input_template:
             note(f"notice --input_template {args.input_template!r} has no {{}}: prompts are used as they are")
             args.input_template = None
-    args.stop = tuple(text.replace("\\n", "\n") for text in args.stop if text)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', max(args.local_rank, 0))}"
+    check_flags(args, world_size)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', max(args.local_rank, 0))}" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", world_size)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    else:
         torch.cuda.set_device(device)
-        return rank, world_size, device
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    return rank, world_size, "cpu"
+    return rank, world_size, device
 
 
-def check_task(args, world_size):
-    """Stops where flags do not fit the task or the output cannot be written."""
-    args.post_processor = None if args.post_processor == "null" else args.post_processor
-    if args.post_processor in ("csft", "iter_dpo"):
-        die(f"--post_processor {args.post_processor}: not available yet; there is rs")
+def check_flags(args, world_size):
+    """Stops at flags that make no sense; notes those that change nothing."""
+    vllm, sizes = args.eval_task == "generate_vllm", "rollout_batch_size best_of_n prompt_max_len max_new_tokens max_len"
+    for name in f"{sizes} micro_batch_size tp_size max_num_seqs".split():
+        if getattr(args, name) < 1:
+            die(f"--{name} must be at least 1, not {getattr(args, name)}")
+    ranges = {"temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9)}
+    ranges |= {"gpu_memory_utilization": (1e-9, 1), "iter": (0, 10**9), "max_model_len": (2, 2**31), "zero_stage": (0, 3)}
+    for name, (low, high) in ranges.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            die(f"--{name} {getattr(args, name)} is out of range")
+    if args.temperature == 0 and args.best_of_n > 1:
+        die(f"--greedy_sampling gives one answer per prompt, --best_of_n {args.best_of_n} the same answer again")
     if args.post_processor not in (None, "rs"):
-        die(f"--post_processor {args.post_processor}: there is rs")
+        known = args.post_processor in ("csft", "iter_dpo")
+        die(f"--post_processor {args.post_processor}: {'not available yet; ' if known else ''}there is rs")
     if (args.post_processor or args.scored_path) and args.eval_task != "rm":
         die(f"--post_processor and --scored_path belong to --eval_task rm, not {args.eval_task}")
-    if args.eval_task == "generate_vllm" and importlib.util.find_spec("vllm") is None:
+    if vllm and importlib.util.find_spec("vllm") is None:
         die("vLLM is not installed: pip install -r requirements-vllm.txt, or use --eval_task generate")
-    if args.eval_task == "generate_vllm" and world_size > 1:
-        die(f"generate_vllm is one process, not {world_size}: start it with python; --tp_size spreads the model over GPUs")
-    if args.eval_task == "generate_vllm" and args.micro_batch_size != 16:
-        note("notice --micro_batch_size: not for vLLM, which fills its batches itself (--max_num_seqs)")
+    if vllm and world_size > 1:
+        die(f"generate_vllm is one process, not {world_size}: start it with python; --tp_size uses more devices")
+    if vllm and args.micro_batch_size != 16:
+        note("notice --micro_batch_size: vLLM fills its batches itself, up to --max_num_seqs")
     if args.zero_stage:
         note(f"notice --zero_stage {args.zero_stage}: the model is whole on each rank")
-    inputs = {os.path.realpath(name.strip().partition("@")[0]) for name in args.dataset.split(",")}
+    taken = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
     for path in outputs(args):
-        if os.path.realpath(path) in inputs or Path(path).is_dir() or outputs(args).count(path) > 1:
-            die(f"{path}: cannot be written, it is {'a folder' if Path(path).is_dir() else 'in use by another flag'}")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir() or os.path.realpath(path) in taken:
+            die(f"{path} cannot be written: it is a folder, or one of our other files")
+        taken.append(os.path.realpath(path))
 
 
 def agree(value, world_size):
-    """Rank 0's value on every rank. The group is for this and barriers only: ranks never wait for each other's work."""
+    """Rank 0's value on every rank. Ranks meet here and at the end; in between nobody waits."""
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    box = [value]
+    values = [value]
     if world_size > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
-def finish(args, rows, identity, seconds):
-    """Writes the outputs and, last, what made them; then the parts go."""
-    meta, summary = Path(f"{args.output_path}.meta.json"), {"rows": len(rows)}
-    meta.unlink(missing_ok=True)
-    results = {args.output_path: rows}
-    if args.eval_task == "rm":
-        rewards = [row["reward"] for row in rows if row["reward"] is not None]
-        summary |= {"scored": len(rewards), "reward_mean": float(np.mean(rewards or [0])), "reward_std": float(np.std(rewards or [0]))}
-        if args.scored_path:
-            results[args.scored_path] = rows
-    ends = [row["finish_reason"] for row in rows if "finish_reason" in row]
+def finish(args, rows, identity, key, started):
+    """Writes the outputs and, last, what made them; then the parts go. key: column of the prompt."""
+    meta, results, summary = Path(f"{args.output_path}.meta.json"), {args.output_path: rows}, {"rows": len(rows)}
+    ends = [row["finish_reason"] == "stop" for row in rows if row.get("finish_reason")]
     if ends:
-        summary["finished"] = ends.count("stop") / len(ends)
+        summary["finished"] = sum(ends) / len(ends)
+    if args.scored_path:
+        results[args.scored_path] = rows
     if args.post_processor == "rs":
-        best = results[args.output_path] = best_samples(rows, args.input_key or "input")
-        summary |= {"kept": len(best), "kept_reward_mean": float(np.mean([row["reward"] for row in best] or [0]))}
-    sums = {path: write_rows(path, found) for path, found in results.items()}
-    write_atomic(meta, json.dumps({"identity": identity, "files": sums, "summary": summary}, indent=1))
+        results[args.output_path] = best_samples(rows, key)
+    for name, found in (("", rows), ("best_", results[args.output_path]))[: 1 + bool(args.post_processor)]:
+        rewards = [row["reward"] for row in found if row.get("reward") is not None]
+        if args.eval_task == "rm":
+            summary |= {f"{name}rewards": len(rewards), f"{name}reward_mean": float(np.mean(rewards)) if rewards else None}
+    meta.unlink(missing_ok=True)
+    for path, found in results.items():
+        write_rows(path, found)
+    sums = sha256_all(outputs(args))
+    write_atomic(meta, json.dumps({"identity": identity, "sha256": sums, "summary": summary}, indent=1))
     shutil.rmtree(f"{args.output_path}.partial")
-    text = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value:,}" for name, value in summary.items())
-    note(f"saved  {args.output_path}  {text}  ({datetime.timedelta(seconds=int(seconds))})")
+    text = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items())
+    note(f"saved  {args.output_path}  {text}  ({datetime.timedelta(seconds=int(time.time() - started))})")
 
 
 def main(args):
     rank, world_size, device = start(args)
-    started = time.time()
+    started, key = time.time(), None
     tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
     rows = load_rows(args.dataset, args.dataset_probs, args.dataset_split, args.max_samples)
     if args.eval_task == "rm":
-        trees = make_score_trees(rows, tokenizer, reward_config(args)[1], args)
+        trees, key = make_score_trees(rows, tokenizer, reward_config(args)[1], args)
     else:
-        limit = context_limit(args)
-        prompts = make_prompts(rows, tokenizer, limit, args)
-    identity = identify_stage(args, tokenizer) if rank == 0 else None
+        prompts = make_prompts(rows, tokenizer, args)
+    identity, lock = identify_stage(args, tokenizer) if rank == 0 else None, None
     earlier, lock = open_stage(args, identity) if rank == 0 else (None, None)
     earlier = agree(earlier, world_size)
     if earlier == "done":
         return
     parts = Parts(args, earlier, rank)
-    n_devices = world_size * (args.tp_size if args.eval_task == "generate_vllm" else 1)
-    dtype, kind = "bf16" if args.bf16 else "fp32", "GPU" if torch.cuda.is_available() else "CPU"
-    note(f"{args.eval_task:6} {Path(args.pretrain).name} {dtype} | {n_devices} x {kind}")
+    kind, devices = "CPU" if device == "cpu" else "GPU", max(world_size, args.tp_size)
+    note(f"{args.eval_task:6} {Path(args.pretrain).name} {'bf16' if args.bf16 else 'fp32'} | {devices} x {kind}")
     if args.eval_task == "rm":
         score(trees, parts, args, rank, world_size, device)
     elif args.eval_task == "generate":
-        generate(prompts, parts, tokenizer, stop_ids, limit, args, rank, world_size, device)
+        generate(prompts, parts, tokenizer, stop_ids, args, rank, world_size, device)
     else:
-        generate_vllm(prompts, parts, tokenizer, stop_ids, limit, args)
+        generate_vllm(prompts, parts, tokenizer, stop_ids, args)
     parts.file.close()
     if world_size > 1:
         dist.barrier()
@@ -1202,12 +1150,12 @@ def main(args):
             rewards = {i: row["reward"] for (i, _), row in found.items() if math.isfinite(row["reward"])}
             results = [{**row, "reward": rewards.get(i)} for i, (_, row) in enumerate(rows)]
         else:
-            results = [found[p.id, k] for p in prompts for k in range(args.best_of_n)]
-        finish(args, results, identity, time.time() - started)
+            results = [found[prompt.id, k] for prompt in prompts for k in range(args.best_of_n)]
+        finish(args, results, identity, key, started)
         lock.close()
 
 
 if __name__ == "__main__":
     main(tyro.cli(Args, description=__doc__))
-    if dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.destroy_process_group()

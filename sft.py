@@ -277,8 +277,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the turns before it rendered with a generation prompt: what is trained is what is to
-    be generated. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be asked
+    for. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -416,10 +416,10 @@ def split_step(lengths, world_size, max_examples, max_tokens=None):
 def pack_trees(trees, device):
     """Lays trees end to end in one row of T tokens, no padding: a prompt, its responses, the next prompt, ...
 
-    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a first
-    response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden state
-    that predicts each trained token (the LAST prompt token predicts the first of EVERY response). targets [N]:
-    that token. owners [N]: the index of its response in the pack.
+    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a
+    first response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden
+    state that predicts each trained token (the LAST prompt token predicts the first of EVERY response).
+    targets [N]: that token. owners [N]: the index of its response in the pack.
     """
     input_ids, position_ids, spans, positions, targets, owners = [], [], [], [], [], []
     cursor = 0
@@ -463,8 +463,8 @@ def pack_trees(trees, device):
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Attention that follows the trees of pack_trees, for any Hugging Face model: attn_implementation "tree".
 
-    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees its
-    prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
+    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees
+    its prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
     """
     segments, softcap = options.pop("segments", None), options.pop("softcap", None)
     window = (options.pop("sliding_window", None) or 0) - 1  # -1: unlimited
@@ -502,8 +502,8 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
 class LogProbs(nn.Module):
     """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
 
-    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed once
-    more in the backward pass: nothing of size tokens x vocabulary exists.
+    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
+    again in the backward pass: nothing of size tokens x vocabulary exists.
     """
 
     CHUNK_BYTES = 2**26  # of one chunk's fp32 logits
