@@ -1,32 +1,32 @@
 """Batch inference in one file: samples of a policy (generate_vllm, generate), rewards of a reward model (rm).
 
-Rows (JSON lines); a stage keeps the fields it finds, and sft.py and dpo.py know these rows without flags:
+Rows are JSON lines. A stage keeps the fields it finds; sft.py and dpo.py know these rows without flags:
     generate  {"id": 7, "sample": 0, "input": "Q: 2+2?\\nA:", "output": " 4", "finish_reason": "stop"}
     rm        the same and "reward": 1.25; null where a row cannot be scored (too long, no response)
-id is the row's index in --dataset. input is what the model saw, chat template and BOS included; messages is there
-too where the prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or the length
-ran out ("length").
+id is the row's index in --dataset. input is what the model saw, chat template and BOS included; messages is
+there too where the prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or the
+length ran out ("length").
 
 Deviations from the usual scripts:
- 1. A sample has random numbers of its own, hash(--seed, --iter, id, sample): it does not depend on the batch, the
-    ranks or a restart, up to the rounding of a batched matrix product.
+ 1. A sample has random numbers of its own, hash(--seed, --iter, id, sample): it does not depend on the batch,
+    the ranks or a restart, up to the rounding of a batched matrix product.
  2. All samples of a prompt are scored in one tree, the prompt computed once. The head runs in fp32.
- 3. Results reach the disk as they finish, in <output_path>.partial/. Killed at any moment, the same command does
-    the rest. The output appears by rename; <output_path>.meta.json says what made it; the same command again does
-    nothing, another one replaces it.
+ 3. Results reach the disk as they finish, in <output_path>.partial/. Killed at any moment, the same command
+    does the rest. The output appears by rename, beside it <output_path>.meta.json: what made it. The same
+    command again does nothing, another one replaces it.
  4. Prompts and responses are used whole or not at all; what is left out is counted and listed.
- 5. A reward model reads what it was trained on. Plain text: prompt, response, EOS (not where the response was cut).
-    --apply_chat_template: the messages as its own template writes them, with an OpenRLHF head up to EOS. Hugging
-    Face heads look at the last token that is not padding, OpenRLHF heads at the last token, and rewards are
-    (score - mean) / std where config.json has mean and std.
+ 5. A reward model reads what it was trained on. Plain text: prompt, response, EOS (not where it was cut).
+    --apply_chat_template: the messages as its own template writes them, with an OpenRLHF head up to EOS.
+    Hugging Face heads look at the last token that is not padding, OpenRLHF heads at the last token; rewards
+    are (score - mean) / std where config.json has mean and std.
 
 Commands:
-    python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset rows.jsonl --output_path gen.jsonl
-    deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset gen.jsonl \\
+    python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
+    deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl \\
         --post_processor rs --output_path best.jsonl
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 batch_infer.py ...
-    python batch_infer.py --eval_task generate --pretrain runs/raft/toy/policy --no-bf16 --max_new_tokens 64 \\
-        --dataset runs/raft/toy/prompts.jsonl --output_path gen.jsonl                            # a smoke run
+    python batch_infer.py --eval_task generate --pretrain runs/raft/toy/policy --no-bf16 \\
+        --dataset runs/raft/toy/prompts.jsonl --max_new_tokens 64 --output_path g.jsonl          # a smoke run
 """
 
 import collections
@@ -47,12 +47,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
+import transformers
 
 
 @dataclass
@@ -135,7 +139,7 @@ class Args:
     max_num_seqs: int = 256
     """vLLM: samples that run at the same time."""
     max_model_len: int | None = None
-    """Most tokens of prompt + sample. Default: prompt_max_len + max_new_tokens, or the model's limit if lower."""
+    """Most tokens of prompt + sample. Default: prompt_max_len + max_new_tokens, or the model's limit."""
     gpu_memory_utilization: float = 0.9
     """vLLM: share of the GPU's memory to use."""
     enable_prefix_caching: bool = False
@@ -365,16 +369,15 @@ def usable(items, make, args):
 
     items are (where, ...); stops when too few are usable.
     """
-    from jinja2 import TemplateError  # a chat template refuses a conversation
-
     made, places = [], collections.defaultdict(list)
     for item in items:
         try:
             made.append(make(item))
-        except (ValueError, TemplateError) as e:
+        except (ValueError, jinja2.TemplateError) as e:
             places[str(e).splitlines()[0]].append(item[0])
-    phrases = [f"{len(at)} {why} ({', '.join(at[:9])}{', ...' if at[9:] else ''})" for why, at in places.items()]
-    summary = f"{len(items) - len(made)} left out{': ' * bool(phrases)}{', '.join(phrases)}"
+    listed = {why: ", ".join(at[:9] + ["..."] * (len(at) > 9)) for why, at in places.items()}
+    phrases = ", ".join(f"{len(places[why])} {why} ({at})" for why, at in listed.items())
+    summary = f"{len(items) - len(made)} left out{': ' * bool(phrases)}{phrases}"
     if not made or len(items) - len(made) > args.max_drop_ratio * len(items):
         die(f"{len(items)} rows, {summary}: more than --max_drop_ratio {args.max_drop_ratio}")
     return made, summary
@@ -392,8 +395,8 @@ class Prompt(NamedTuple):
 
 def make_prompts(rows, tokenizer, args):
     """The usable prompts of this iteration."""
-    layouts = [(key,) for key in "prompt instruction input question problem messages conversations text".split()]
-    (key,) = find_keys(rows, (args.input_key,), ("--input_key",), layouts)
+    keys = "prompt instruction input question problem messages conversations text".split()
+    (key,) = find_keys(rows, (args.input_key,), ("--input_key",), [(key,) for key in keys])
     limit, indices = context_limit(args), range(len(rows))
     if args.iter is not None:
         start = args.iter * args.rollout_batch_size
@@ -438,12 +441,18 @@ def prompt_ids(tokenizer, text, bos):
     return label_tokens((text, [], True, bos), tokenizer, (), 2**31)[0].tolist()[:-1]  # less EOS
 
 
+def model_config(args, **changes):
+    """The model's config.json."""
+    try:
+        changes["trust_remote_code"] = args.trust_remote_code
+        return transformers.AutoConfig.from_pretrained(args.pretrain, **changes)
+    except (OSError, ValueError) as e:
+        die(f"model {args.pretrain!r}: {str(e).splitlines()[0]}")
+
+
 def context_limit(args):
     """Tokens of prompt + sample that fit into the model."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    limit = getattr(model_config(args).get_text_config(), "max_position_embeddings", None) or 2**31
     if args.max_model_len and args.max_model_len > limit:
         die(f"--max_model_len {args.max_model_len} is more than the model's {limit}")
     return args.max_model_len or min(args.prompt_max_len + args.max_new_tokens, limit)
@@ -459,7 +468,8 @@ def score_text(row, keys, tokenizer, openrlhf, args):
         prompt, chat = (row["messages"], True) if chat and row.get("messages") else (prompt, False)
     if not chat and isinstance(prompt, str) and isinstance(response, str):
         return render(tokenizer, prompt, response.removesuffix(tokenizer.eos_token), args, reason)
-    text, spans, *_ = chat_text(tokenizer, as_messages(prompt, "user") + as_messages(response, "assistant"), False)
+    messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+    text, spans, *_ = chat_text(tokenizer, messages, multiturn=False)
     if reason == "length":  # without what the template writes behind the answer
         text = text[: text.find(response.strip(), spans[-1][0]) + len(response.strip())]
     elif openrlhf:
@@ -469,8 +479,10 @@ def score_text(row, keys, tokenizer, openrlhf, args):
 
 
 def make_score_trees(rows, tokenizer, openrlhf, args):
-    """Trees of the rows that can be scored, each with the indices of its rows: responses to the same prompt text hang
-    together, at most micro_batch_size of them. Returns (trees, column of the prompt)."""
+    """(trees of the rows that can be scored, each with the indices of its rows; column of the prompt).
+
+    Responses to the same prompt text hang together, at most micro_batch_size of them.
+    """
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
     layouts += [(i, o) for i in ("prompt", "question") for o in ("response", "completion", "answer")]
     layouts = [("input", "output")] if "finish_reason" in rows[0][1] else layouts
@@ -589,10 +601,14 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         sizes = [segments[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
-    outputs = []
-    for q_start, q_end, p_start, p_end in segments["spans"]:
-        q = query[:, :, q_start:q_end]
-        k, v = (torch.cat([x[:, :, p_start:p_end], x[:, :, q_start:q_end]], 2) for x in (key, value))
+    lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
+    splits, outputs = [x.split(lengths, 2) for x in (query, key, value)], []  # spans follow each other without gaps
+    for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
+        if p_end > p_start:
+            prefix = slice(0, p_end - p_start)
+            k, v = torch.cat([tree_k[:, :, prefix], k], 2), torch.cat([tree_v[:, :, prefix], v], 2)
+        else:
+            tree_k, tree_v = k, v  # of the segment that begins with the prompt
         n_q, n_k, mask = q.shape[2], k.shape[2], None
         if n_q < n_k or 0 <= window < n_k or softcap is not None:
             at = torch.arange(n_k, device=q.device)
@@ -669,16 +685,19 @@ def outputs(args):
 
 def identify_stage(args, tokenizer):
     """What decides the output: flags and the contents of model and data, not speed, places or number of ranks."""
-    free = "pretrain output_path scored_path dataset flash_attn trust_remote_code max_drop_ratio micro_batch_size tp_size "
-    free += "max_num_seqs gpu_memory_utilization enable_prefix_caching zero_stage local_rank tokenizer_chat_template"
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in free.split()}
-    contents = {"weights": fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
-    return json.loads(json.dumps({**flags, **contents, "chat_template": tokenizer.chat_template}))  # as it is read back
+    free = "pretrain output_path scored_path dataset flash_attn trust_remote_code tokenizer_chat_template "
+    free += "micro_batch_size tp_size max_num_seqs gpu_memory_utilization enable_prefix_caching zero_stage "
+    free += "local_rank max_drop_ratio"
+    identity = {k: v for k, v in dataclasses.asdict(args).items() if k not in free.split()}
+    identity |= {"weights": fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
+    identity["chat_template"] = tokenizer.chat_template
+    return json.loads(json.dumps(identity))  # as it will be read back
 
 
 def open_stage(args, identity):
-    """What this command has to do (rank 0): ("done", None), or (number of earlier starts, the stage's lock)."""
-    output, partial, meta = args.output_path, Path(f"{args.output_path}.partial"), read_object(f"{args.output_path}.meta.json")
+    """What this command has to do (rank 0): ("done", None), or (number of earlier starts, a lock)."""
+    output, partial = args.output_path, Path(f"{args.output_path}.partial")
+    meta = read_object(f"{output}.meta.json")
     found = [path for path in outputs(args) if Path(path).exists()]
     if meta.get("identity") == identity and sha256_all(found) == meta["sha256"]:
         note(f"done   {output} is complete and made by this command: nothing to do")
@@ -757,16 +776,18 @@ def request_seed(args, prompt):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
 
 
-def sample_row(prompt, sample, ids, tokenizer, stop_ids, args):
-    """The row of a sample; ids end with the first stop token, or go on behind it."""
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    context = prompt.ids[-16:]  # decoded with it: some tokenizers drop a blank at the start of a text
-    text = tokenizer.decode(context + ids[:end], clean_up_tokenization_spaces=False)
-    text = text[len(tokenizer.decode(context, clean_up_tokenization_spaces=False)) :]
-    cuts = [text.find(stop) for stop in args.stop if stop in text]
-    row = {"id": prompt.id, "sample": sample, "input": prompt.text, "output": text[: min(cuts, default=None)]}
-    row["finish_reason"] = "length" if end is None and not cuts else "stop"
-    return row | ({"messages": prompt.messages} if prompt.messages else {})
+def write_samples(parts, prompt, samples, tokenizer, stop_ids, args):
+    """Writes the rows of a prompt's samples, {k: token ids}, which end with or go on behind a first stop token."""
+    rows, context = [], prompt.ids[-16:]  # decoded too: some tokenizers drop a blank at the start of a text
+    before = len(tokenizer.decode(context, clean_up_tokenization_spaces=False))
+    for k, ids in sorted(samples.items()):
+        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+        text = tokenizer.decode(context + ids[:end], clean_up_tokenization_spaces=False)[before:]
+        cuts = [text.find(stop) for stop in args.stop if stop in text]
+        row = {"id": prompt.id, "sample": k, "input": prompt.text, "output": text[: min(cuts, default=None)]}
+        row["finish_reason"] = "length" if end is None and not cuts else "stop"
+        rows.append(row | ({"messages": prompt.messages} if prompt.messages else {}))
+    parts.write(rows)
 
 
 def unfinished(prompts, parts, args):
@@ -778,17 +799,18 @@ def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
     """Each prompt is one request for all its samples; the engine runs full, and what finishes goes to disk."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    settings = {"tensor_parallel_size": args.tp_size, "max_num_seqs": args.max_num_seqs, "max_model_len": context_limit(args)}
-    settings |= {"gpu_memory_utilization": args.gpu_memory_utilization, "trust_remote_code": args.trust_remote_code}
+    settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": context_limit(args)}
+    settings |= {"tensor_parallel_size": args.tp_size, "max_num_seqs": args.max_num_seqs}
+    settings |= {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_prefix_caching": True}
+    settings |= {"trust_remote_code": args.trust_remote_code, "use_tqdm_on_load": False}
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        settings |= {"enforce_eager": True, "block_size": 32}  # samples share whole blocks of a prompt; default 128
+        settings |= {"enforce_eager": True, "block_size": 32}  # samples share whole blocks of a prompt
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    dtype = "bfloat16" if args.bf16 else "float32"
-    engine = LLM(args.pretrain, dtype=dtype, enable_prefix_caching=True, use_tqdm_on_load=False, **settings).llm_engine
+    engine = LLM(args.pretrain, **settings).llm_engine
     todo = {str(prompt.id): prompt for prompt in unfinished(prompts, parts, args)}
     progress = Progress("prompts", len(prompts) - len(todo), len(prompts))
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -801,28 +823,29 @@ def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
     while engine.has_unfinished_requests():
         for result in engine.step():
             if result.finished:
-                samples, prompt = sorted(result.outputs, key=lambda output: output.index), todo[result.request_id]
-                parts.write(sample_row(prompt, s.index, list(s.token_ids), tokenizer, stop_ids, args) for s in samples)
-                progress.add(1, sum(len(s.token_ids) for s in samples))
+                samples = {s.index: list(s.token_ids) for s in result.outputs}
+                write_samples(parts, todo[result.request_id], samples, tokenizer, stop_ids, args)
+                progress.add(1, sum(map(len, samples.values())))
     engine.engine_core.shutdown()
 
 
 class Sampler:
     """Chooses tokens as vLLM does: penalty, temperature, min_p, top_k, top_p, in this order.
 
-    A logits processor for Hugging Face's generate(): of the logits [B, V] it leaves one per row. A token is where the
+    A logits processor for Hugging Face's generate(): of the logits [B, V] it leaves one per row, where the
     distribution function passes a uniform number that only the sample's seed and the position decide.
     """
 
-    def __init__(self, args, seeds, mask, steps):
-        self.args, self.width, self.mask = args, mask.shape[1], mask  # mask [B, width]: 0 on the padding before a prompt
-        uniforms = np.stack([np.random.default_rng(seed).random(steps) for seed in seeds])
-        self.uniforms = torch.from_numpy(uniforms).to(mask.device)  # [B, steps]
+    def __init__(self, args, seeds, mask):
+        self.args, self.width, self.mask = args, mask.shape[1], mask  # [B, width]: 0 on the padding
+        uniforms = np.stack([np.random.default_rng(seed).random(args.max_new_tokens) for seed in seeds])
+        self.uniforms = torch.from_numpy(uniforms).to(mask.device)  # [B, max_new_tokens]
 
     def __call__(self, input_ids, scores):
         penalty, logits, step = self.args.repetition_penalty, scores.float(), input_ids.shape[1] - self.width
         if penalty != 1:
-            seen = torch.zeros_like(logits).scatter_add_(1, input_ids, F.pad(self.mask, (0, step), value=1).float()) > 0
+            real = F.pad(self.mask, (0, step), value=1).float()
+            seen = torch.zeros_like(logits).scatter_add_(1, input_ids, real) > 0
             logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if self.args.temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
@@ -860,28 +883,30 @@ def make_batches(prompts, args):
 @torch.inference_mode()
 def generate(prompts, parts, tokenizer, stop_ids, args, rank, world_size, device):
     """Hugging Face generation, batch after batch; each rank takes every world_size-th."""
-    from transformers import GenerationConfig
-
     todo = unfinished(prompts, parts, args)
     batches = make_batches(todo, args)[rank::world_size]
     model = load_model(args.pretrain, args).to(device).eval()
-    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa would ignore
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # ignored by sdpa
     model.set_attn_implementation("sdpa" if model._supports_sdpa and softcap is None else "eager")
-    pad, n = min(stop_ids), args.best_of_n
-    # in place of the checkpoint's, whose top_k, repetition_penalty, ... would apply on top of ours
-    model.generation_config = GenerationConfig(eos_token_id=sorted(stop_ids), pad_token_id=pad, do_sample=False)
+    # in place of the checkpoint's, whose top_k, repetition_penalty, ... would come on top of ours
+    stopping = {"eos_token_id": sorted(stop_ids), "pad_token_id": min(stop_ids)}
+    model.generation_config = transformers.GenerationConfig(do_sample=False, **stopping)
     stops = {"stop_strings": list(args.stop), "tokenizer": tokenizer} if args.stop else {}
-    before = len(prompts) - len(todo)
+    before, n = len(prompts) - len(todo), args.best_of_n
     progress = Progress("prompts", before, before + sum(map(len, batches)))
     for batch in batches:
-        samples, width = [(prompt, k) for prompt in batch for k in range(n)], len(batch[0].ids)
-        ids = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p, _ in samples], device=device)
-        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p, _ in samples], device=device)
-        sampler = Sampler(args, [request_seed(args, p) + k for p, k in samples], mask, batch[0].room)
-        found = model.generate(ids, attention_mask=mask, logits_processor=[sampler], max_new_tokens=batch[0].room, **stops)
-        found = [row[width:] for row in found.tolist()]
-        parts.write(sample_row(p, k, row, tokenizer, stop_ids, args) for (p, k), row in zip(samples, found, strict=True))
-        progress.add(len(batch), sum(next((i for i, t in enumerate(row, 1) if t in stop_ids), len(row)) for row in found))
+        width, room = len(batch[0].ids), batch[0].room
+        padding = [[0] * (width - len(prompt.ids)) for prompt in batch]
+        ids = [[min(stop_ids)] * len(pad) + prompt.ids for pad, prompt in zip(padding, batch, strict=True)]
+        mask = [pad + [1] * (width - len(pad)) for pad in padding]
+        ids, mask = (torch.tensor(rows, device=device).repeat_interleave(n, 0) for rows in (ids, mask))
+        sampler = Sampler(args, [request_seed(args, prompt) + k for prompt in batch for k in range(n)], mask)
+        options = {"attention_mask": mask, "logits_processor": [sampler], "max_new_tokens": room, **stops}
+        found = model.generate(ids, **options)[:, width:].tolist()
+        for i, prompt in enumerate(batch):
+            samples = dict(enumerate(found[i * n : (i + 1) * n]))
+            write_samples(parts, prompt, samples, tokenizer, stop_ids, args)
+        progress.add(len(batch), sum(token not in stop_ids for ids in found for token in ids))
 
 
 def load_model(path, args):
@@ -904,31 +929,29 @@ def load_model(path, args):
 # --- scoring
 
 
-def reward_config(args):
-    """(config.json of the reward model as a dict, whether the model is OpenRLHF's)."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code).to_dict()
-    hugging_face = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or [])
-    return config, "value_head_prefix" in config or not hugging_face
+def is_openrlhf(config):
+    """Whether a reward model was saved by OpenRLHF, not as a Hugging Face sequence classifier."""
+    kinds = [name for name in config.architectures or [] if name.endswith("ForSequenceClassification")]
+    return hasattr(config, "value_head_prefix") or not kinds
 
 
 class RewardModel:
     """A body with a linear head of one output, in fp32: model(trees) -> rewards [responses]."""
 
     def __init__(self, args, device):
-        config, openrlhf = reward_config(args)
-        self.mean, self.std = config.get("mean") or 0.0, 1.0 if config.get("std") is None else config["std"]
+        config = model_config(args, num_labels=1)
+        openrlhf, prefix = is_openrlhf(config), getattr(config, "value_head_prefix", args.value_head_prefix)
+        self.mean, self.std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None)
+        self.std = 1.0 if self.std is None else self.std
         if not self.std > 0:
             die(f"model {args.pretrain}: std in its config.json is {self.std}")
-        prefix = config.get("value_head_prefix") or args.value_head_prefix
-        self.model, info = load_classifier(args, {rf"^{prefix}\.": "score."} if openrlhf else None)
+        self.model, info = load_classifier(config, {rf"^{prefix}\.": "score."} if openrlhf else None, args)
         head = getattr(self.model, "score", None)
         for name, found, _ in info["mismatched_keys"]:
-            die(f"model {args.pretrain}: {name} has shape {tuple(found)}: a reward model has a head with one label")
+            die(f"model {args.pretrain}: {name} is {list(found)}: the head of a reward model has one label")
         if info["missing_keys"] or not isinstance(head, nn.Linear):
             missing = ", ".join(sorted(info["missing_keys"])[:3]) or "score"
-            die(f"model {args.pretrain}: no {missing} in its checkpoint: no reward model, or give --value_head_prefix")
+            die(f"model {args.pretrain} lacks {missing}: no reward model, or --value_head_prefix is another")
         self.model, self.device = self.model.to(device).eval(), device
         self.head = [head.weight.float(), None if head.bias is None else head.bias.float()]
         self.pad = None if openrlhf else self.model.config.get_text_config().pad_token_id
@@ -944,22 +967,20 @@ class RewardModel:
         return (F.linear(self.hidden(trees).float(), *self.head)[:, 0] - self.mean) / self.std
 
 
-def load_classifier(args, key_mapping):
+def load_classifier(config, key_mapping, args):
     """(sequence classifier with tree attention and a head in fp32, what its checkpoint lacks)."""
-    from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification
-
-    AttentionInterface.register("tree", tree_attention)
-    flags = {"trust_remote_code": args.trust_remote_code, "attn_implementation": "tree"}
-    config = AutoConfig.from_pretrained(args.pretrain, num_labels=1, trust_remote_code=args.trust_remote_code)
-    settings = {"config": config, "dtype": torch.bfloat16 if args.bf16 else torch.float32, "key_mapping": key_mapping}
-    settings |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # both are errors, in our words
+    transformers.AttentionInterface.register("tree", tree_attention)
+    auto, options = transformers.AutoModelForSequenceClassification, {"attn_implementation": "tree"}
+    options |= {"config": config, "trust_remote_code": args.trust_remote_code}
     try:
         with torch.device("meta"):
-            kind = type(AutoModelForSequenceClassification.from_config(config, **flags))
+            kind = type(auto.from_config(**options))
         kind._keep_in_fp32_modules_strict = {*(kind._keep_in_fp32_modules_strict or ()), "score"}
-        return AutoModelForSequenceClassification.from_pretrained(args.pretrain, **settings, **flags)
+        options |= {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "key_mapping": key_mapping}
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # we stop, in our words
+        return auto.from_pretrained(args.pretrain, **options)
     except (OSError, ValueError) as e:
-        die(f"model {args.pretrain}: {str(e).splitlines()[0]}")
+        die(f"model {args.pretrain!r}: {str(e).splitlines()[0]}")
 
 
 def last_tokens(trees, pad):
@@ -977,18 +998,18 @@ def last_tokens(trees, pad):
 
 
 def check_rewards(model, args):
-    """Stops unless a tree's hidden states equal those of the model's own eager attention, each response alone."""
-    ids = np.arange(40) * 7919 % (model.model.config.get_text_config().vocab_size - 9) + 9  # no special token
+    """Stops unless hidden states in a tree equal those of the model's eager attention, each response alone."""
+    ids = np.arange(40) * 7919 % (model.model.config.get_text_config().vocab_size - 9) + 9  # 0 is often pad
     prompt, branches = ids[:16].astype(np.int32), [ids[16:27].astype(np.int32), ids[27:].astype(np.int32)]
     tree = {"prompt": prompt, "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
     in_tree = model.hidden([tree]).float()
     model.model.set_attn_implementation("eager")
     rows = [torch.from_numpy(np.concatenate([prompt, b])).long()[None].to(model.device) for b in branches]
-    alone = torch.cat([model.model.base_model(row, use_cache=False).last_hidden_state[0, -1:] for row in rows]).float()
+    alone = [model.model.base_model(row, use_cache=False).last_hidden_state[0, -1].float() for row in rows]
     model.model.set_attn_implementation("tree")
-    error = ((in_tree - alone).norm() / alone.norm()).item()
+    error = ((in_tree - torch.stack(alone)).norm() / in_tree.norm()).item()
     if not error < (0.1 if args.bf16 else 1e-4):
-        die(f"{type(model.model).__name__}: tree attention differs from the model's own by {error:.2g}: not supported")
+        die(f"{type(model.model).__name__}: tree attention is off by {error:.2g}: not supported")
 
 
 @torch.inference_mode()
@@ -1009,12 +1030,12 @@ def score(trees, parts, args, rank, world_size, device):
     progress = Progress("rows", n_rows - n_todo, n_rows)
     for bin in todo:
         indices, rewards = [i for tree in bin for i in tree["rows"]], model(bin).tolist()
-        parts.write({"id": i, "sample": 0, "reward": reward} for i, reward in zip(indices, rewards, strict=True))
+        parts.write({"id": i, "sample": 0, "reward": r} for i, r in zip(indices, rewards, strict=True))
         progress.add(len(indices), sum(map(tree_length, bin)))
 
 
 def best_samples(rows, key):
-    """Rejection sampling: of each prompt the row with the highest reward; the first wins ties, null never wins."""
+    """Rejection sampling: of each prompt the row of highest reward; the first wins ties, null never wins."""
     best = {}
     for row in rows:
         prompt = json.dumps([row.get("id"), row.get(key)], default=str)
@@ -1028,8 +1049,8 @@ def best_samples(rows, key):
 
 def start(args):
     """Checks flags, finds (rank, world_size, device), quiets libraries; there is no process group yet."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.temperature = 0.0 if args.greedy_sampling else args.temperature
     args.top_k = max(args.top_k, 0)  # -1 is another way to say all
@@ -1041,9 +1062,9 @@ def start(args):
             note(f"notice --input_template {args.input_template!r} has no {{}}: prompts are used as they are")
             args.input_template = None
     check_flags(args, world_size)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', max(args.local_rank, 0))}" if torch.cuda.is_available() else "cpu"
+    local_rank = os.environ.get("LOCAL_RANK", max(args.local_rank, 0))
+    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", world_size)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
     else:
@@ -1053,28 +1074,27 @@ def start(args):
 
 def check_flags(args, world_size):
     """Stops at flags that make no sense; notes those that change nothing."""
-    vllm, sizes = args.eval_task == "generate_vllm", "rollout_batch_size best_of_n prompt_max_len max_new_tokens max_len"
-    for name in f"{sizes} micro_batch_size tp_size max_num_seqs".split():
-        if getattr(args, name) < 1:
-            die(f"--{name} must be at least 1, not {getattr(args, name)}")
-    ranges = {"temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9)}
-    ranges |= {"gpu_memory_utilization": (1e-9, 1), "iter": (0, 10**9), "max_model_len": (2, 2**31), "zero_stage": (0, 3)}
+    sizes = "rollout_batch_size best_of_n prompt_max_len max_new_tokens max_len micro_batch_size tp_size"
+    ranges = dict.fromkeys(f"{sizes} max_num_seqs".split(), (1, 2**31)) | {"iter": (0, 2**31)}
+    ranges |= {"temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9)}
+    ranges |= {"gpu_memory_utilization": (0, 1), "max_model_len": (2, 2**31), "zero_stage": (0, 3)}
     for name, (low, high) in ranges.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
-            die(f"--{name} {getattr(args, name)} is out of range")
+            die(f"--{name} must be between {low} and {high}, not {getattr(args, name)}")
     if args.temperature == 0 and args.best_of_n > 1:
-        die(f"--greedy_sampling gives one answer per prompt, --best_of_n {args.best_of_n} the same answer again")
+        die(f"--greedy_sampling gives the same answer each time: --best_of_n {args.best_of_n} makes no sense")
     if args.post_processor not in (None, "rs"):
-        known = args.post_processor in ("csft", "iter_dpo")
-        die(f"--post_processor {args.post_processor}: {'not available yet; ' if known else ''}there is rs")
+        why = "not available yet" if args.post_processor in ("csft", "iter_dpo") else "unknown"
+        die(f"--post_processor {args.post_processor}: {why}; there is rs")
     if (args.post_processor or args.scored_path) and args.eval_task != "rm":
         die(f"--post_processor and --scored_path belong to --eval_task rm, not {args.eval_task}")
-    if vllm and importlib.util.find_spec("vllm") is None:
-        die("vLLM is not installed: pip install -r requirements-vllm.txt, or use --eval_task generate")
-    if vllm and world_size > 1:
-        die(f"generate_vllm is one process, not {world_size}: start it with python; --tp_size uses more devices")
-    if vllm and args.micro_batch_size != 16:
-        note("notice --micro_batch_size: vLLM fills its batches itself, up to --max_num_seqs")
+    if args.eval_task == "generate_vllm":
+        if importlib.util.find_spec("vllm") is None:
+            die("vLLM is missing: pip install -r requirements-vllm.txt, or use --eval_task generate")
+        if world_size > 1:
+            die(f"generate_vllm is one process, not {world_size}: start it with python (and --tp_size)")
+        if args.micro_batch_size != 16:
+            note("notice --micro_batch_size: vLLM fills its batches itself, up to --max_num_seqs")
     if args.zero_stage:
         note(f"notice --zero_stage {args.zero_stage}: the model is whole on each rank")
     taken = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
@@ -1096,26 +1116,25 @@ def agree(value, world_size):
 
 def finish(args, rows, identity, key, started):
     """Writes the outputs and, last, what made them; then the parts go. key: column of the prompt."""
-    meta, results, summary = Path(f"{args.output_path}.meta.json"), {args.output_path: rows}, {"rows": len(rows)}
+    meta = Path(f"{args.output_path}.meta.json")
+    best = best_samples(rows, key) if args.post_processor else rows
+    summary = {"rows": len(rows), "selected": len(best)}
     ends = [row["finish_reason"] == "stop" for row in rows if row.get("finish_reason")]
-    if ends:
-        summary["finished"] = sum(ends) / len(ends)
-    if args.scored_path:
-        results[args.scored_path] = rows
-    if args.post_processor == "rs":
-        results[args.output_path] = best_samples(rows, key)
-    for name, found in (("", rows), ("best_", results[args.output_path]))[: 1 + bool(args.post_processor)]:
-        rewards = [row["reward"] for row in found if row.get("reward") is not None]
-        if args.eval_task == "rm":
-            summary |= {f"{name}rewards": len(rewards), f"{name}reward_mean": float(np.mean(rewards)) if rewards else None}
+    numbers = {"finished": ends, "reward_mean": rewards_of(rows), "selected_reward_mean": rewards_of(best)}
+    summary |= {name: float(np.mean(values)) for name, values in numbers.items() if values}
     meta.unlink(missing_ok=True)
-    for path, found in results.items():
-        write_rows(path, found)
-    sums = sha256_all(outputs(args))
-    write_atomic(meta, json.dumps({"identity": identity, "sha256": sums, "summary": summary}, indent=1))
+    for path, result in zip(outputs(args), (best, rows), strict=False):
+        write_rows(path, result)
+    record = {"identity": identity, "sha256": sha256_all(outputs(args)), "summary": summary}
+    write_atomic(meta, json.dumps(record, indent=1))
     shutil.rmtree(f"{args.output_path}.partial")
-    text = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items())
+    text = "  ".join(f"{name} {value:.4g}" for name, value in summary.items())
     note(f"saved  {args.output_path}  {text}  ({datetime.timedelta(seconds=int(time.time() - started))})")
+
+
+def rewards_of(rows):
+    """The rewards there are."""
+    return [row["reward"] for row in rows if row.get("reward") is not None]
 
 
 def main(args):
@@ -1124,17 +1143,18 @@ def main(args):
     tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
     rows = load_rows(args.dataset, args.dataset_probs, args.dataset_split, args.max_samples)
     if args.eval_task == "rm":
-        trees, key = make_score_trees(rows, tokenizer, reward_config(args)[1], args)
+        trees, key = make_score_trees(rows, tokenizer, is_openrlhf(model_config(args)), args)
     else:
         prompts = make_prompts(rows, tokenizer, args)
-    identity, lock = identify_stage(args, tokenizer) if rank == 0 else None, None
+    identity = identify_stage(args, tokenizer) if rank == 0 else None
     earlier, lock = open_stage(args, identity) if rank == 0 else (None, None)
     earlier = agree(earlier, world_size)
     if earlier == "done":
         return
     parts = Parts(args, earlier, rank)
     kind, devices = "CPU" if device == "cpu" else "GPU", max(world_size, args.tp_size)
-    note(f"{args.eval_task:6} {Path(args.pretrain).name} {'bf16' if args.bf16 else 'fp32'} | {devices} x {kind}")
+    dtype = "bf16" if args.bf16 else "fp32"
+    note(f"{args.eval_task:6} {Path(args.pretrain).name} {dtype} | {devices} x {kind}")
     if args.eval_task == "rm":
         score(trees, parts, args, rank, world_size, device)
     elif args.eval_task == "generate":

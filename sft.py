@@ -480,10 +480,14 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         sizes = [segments[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
-    outputs = []
-    for q_start, q_end, p_start, p_end in segments["spans"]:
-        q = query[:, :, q_start:q_end]
-        k, v = (torch.cat([x[:, :, p_start:p_end], x[:, :, q_start:q_end]], 2) for x in (key, value))
+    lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
+    splits, outputs = [x.split(lengths, 2) for x in (query, key, value)], []  # spans follow each other without gaps
+    for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
+        if p_end > p_start:
+            prefix = slice(0, p_end - p_start)
+            k, v = torch.cat([tree_k[:, :, prefix], k], 2), torch.cat([tree_v[:, :, prefix], v], 2)
+        else:
+            tree_k, tree_v = k, v  # of the segment that begins with the prompt
         n_q, n_k, mask = q.shape[2], k.shape[2], None
         if n_q < n_k or 0 <= window < n_k or softcap is not None:
             at = torch.arange(n_k, device=q.device)
@@ -521,7 +525,8 @@ class LogProbs(nn.Module):
 
     def logits(self, hidden, weight, bias):
         """hidden [C, H] -> fp32 logits [C, V], with the quirks that models apply behind the head."""
-        logits = F.linear(hidden, weight, bias).float() * self.scale
+        logits = F.linear(hidden, weight, bias).float()
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def chunk_logps(self, hidden, weight, bias, targets):

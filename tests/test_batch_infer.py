@@ -1,0 +1,566 @@
+"""batch_infer.py: samples and rewards against Hugging Face's own, independence of batch and ranks, resume, bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import load_script
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
+
+script = load_script("batch_infer")
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+QUESTIONS = [f"{'Please say, w' if i % 3 else 'W'}hat is {i} plus {i * 7}? " * (1 + i % 2) for i in range(12)]
+
+
+def make_tokenizer(bos=False, pad="<pad>"):
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(QUESTIONS, trainer)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    extra = {"bos_token": "<bos>"} if bos else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token=pad, chat_template=TEMPLATE, **extra
+    )
+
+
+def make_config(tokenizer, **changes):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    ids = {"eos_token_id": 1, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    return Qwen2Config(
+        vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=256, initializer_range=0.15,
+        tie_word_embeddings=False, **sizes, **ids, **changes,
+    )  # fmt: skip
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with policy, reward models and rows."""
+    home = tmp_path_factory.mktemp("batch_infer")
+    torch.manual_seed(0)
+    for name, tokenizer in (("policy", make_tokenizer()), ("policy_bos", make_tokenizer(bos=True))):
+        model = Qwen2ForCausalLM(make_config(tokenizer))
+        model.lm_head.weight.data[1] *= 3  # so that some samples end
+        model.save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    for name, pad in (("rm", "<pad>"), ("rm_pad_eos", "<eos>")):
+        tokenizer = make_tokenizer(pad=pad)
+        model = Qwen2ForSequenceClassification(make_config(tokenizer, num_labels=1))
+        model.save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    write(home / "prompts.jsonl", [{"prompt": text} for text in QUESTIONS])
+    return home
+
+
+def run(home, task, out, **flags):
+    """Runs main() in this process; returns the rows it wrote."""
+    model = "rm" if task == "rm" else "policy"
+    flags = {"pretrain": str(home / model), "dataset": str(home / "prompts.jsonl"), "bf16": False} | flags
+    flags = {"prompt_max_len": 100, "max_new_tokens": 12} | flags
+    script.main(script.Args(eval_task=task, output_path=str(out), **flags))
+    return read(out)
+
+
+def stops(capsys, home, task, out, **flags):
+    """The one line with which main() stops, with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run(home, task, out, **flags)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="session")
+def samples(home):
+    """Four samples of each prompt; the file is input of the rm tests."""
+    return run(home, "generate", home / "samples.jsonl", best_of_n=4)
+
+
+# --- sampling
+
+
+def test_rows(home, samples):
+    assert [(row["id"], row["sample"]) for row in samples] == [(i, k) for i in range(12) for k in range(4)]
+    assert all(list(row) == ["id", "sample", "input", "output", "finish_reason"] for row in samples)
+    assert all(row["input"] == QUESTIONS[row["id"]] for row in samples)
+    assert {row["finish_reason"] for row in samples} == {"stop", "length"}
+    assert not any("<eos>" in row["output"] for row in samples)
+    assert len({row["output"] for row in samples}) > 40
+    assert not (home / "samples.jsonl.partial").exists()
+
+
+def test_a_sample_does_not_depend_on_its_batch(home, samples, tmp_path):
+    assert run(home, "generate", tmp_path / "a.jsonl", best_of_n=4, micro_batch_size=2) == samples
+    assert run(home, "generate", tmp_path / "b.jsonl", best_of_n=4, micro_batch_size=5, max_samples=7) == samples[:28]
+    assert run(home, "generate", tmp_path / "c.jsonl", best_of_n=2) == [row for row in samples if row["sample"] < 2]
+    assert run(home, "generate", tmp_path / "d.jsonl", best_of_n=4, seed=1) != samples
+
+
+def test_every_response_ends_where_it_should(home, samples, tmp_path):
+    """Longer max_new_tokens continue what was cut, and leave alone what was finished."""
+    longer = run(home, "generate", tmp_path / "a.jsonl", best_of_n=4, max_new_tokens=24)
+    for short, long in zip(samples, longer, strict=True):
+        assert short == long if short["finish_reason"] == "stop" else long["output"].startswith(short["output"].rstrip("\ufffd"))
+
+
+def test_greedy_is_hugging_face_greedy(home, tmp_path):
+    rows = run(home, "generate", tmp_path / "a.jsonl", greedy_sampling=True)
+    tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("generate", "", ""))
+    model = Qwen2ForCausalLM.from_pretrained(home / "policy", dtype=torch.float32)
+    for row in rows[:4]:
+        ids = tokenizer(row["input"], return_tensors="pt", return_token_type_ids=False)
+        out = model.generate(**ids, do_sample=False, max_new_tokens=12)[0, ids["input_ids"].shape[1] :].tolist()
+        assert row["output"] == tokenizer.decode([token for token in out if token != 1])
+        assert row["finish_reason"] == ("stop" if 1 in out else "length")
+
+
+def test_flags_of_the_checkpoint_do_not_sneak_in(home, samples, tmp_path):
+    folder = tmp_path / "policy"
+    model = Qwen2ForCausalLM.from_pretrained(home / "policy", dtype=torch.float32)
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=1.5, eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    assert run(home, "generate", tmp_path / "a.jsonl", best_of_n=4, pretrain=str(folder)) == samples
+
+
+def test_repetition_penalty_does_not_see_the_padding(home, tmp_path):
+    flags = {"greedy_sampling": True, "repetition_penalty": 1.4}
+    batched = run(home, "generate", tmp_path / "a.jsonl", **flags)
+    assert batched == run(home, "generate", tmp_path / "b.jsonl", micro_batch_size=1, **flags)
+    assert batched != run(home, "generate", tmp_path / "c.jsonl", greedy_sampling=True)
+
+
+def sampler(seeds=1, width=3, **flags):
+    args = script.Args("generate", "", "", max_new_tokens=4, **flags)
+    return script.Sampler(args, range(seeds), torch.ones(seeds, width, dtype=torch.long))
+
+
+def test_sampler_draws_from_the_distribution():
+    """Uniform numbers on a grid of n points give each token its probability, to 1/n; temperature 0.5 squares the odds."""
+    n, probs = 1000, torch.tensor([0.1, 0.0, 0.2, 0.3, 0.4])
+    s = sampler(n, temperature=0.5)
+    s.uniforms[:, 1] = (torch.arange(n) + 0.5) / n
+    chosen = s(torch.zeros(n, 4, dtype=torch.long), probs.log().expand(n, 5)).argmax(-1)
+    found = torch.bincount(chosen, minlength=5) / n
+    assert (found - probs**2 / (probs**2).sum()).abs().max() <= 1 / n
+    assert found[1] == 0
+
+
+def test_sampler_excludes_what_the_flags_say():
+    logits = torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2]]).log()
+    kept = {
+        (("top_k", 2),): [1, 3],
+        (("top_p", 0.65),): [1, 3],  # 0.4 is not enough, 0.4 + 0.25 is
+        (("top_p", 0.66),): [1, 3, 4],
+        (("min_p", 0.5),): [1, 3, 4],  # at least 0.2
+        (("min_p", 0.2), ("top_k", 3), ("top_p", 0.7)): [1, 3],  # top_p of what is left: 0.4 / 0.85 + 0.25 / 0.85
+        (): [0, 1, 2, 3, 4],
+    }
+    for flags, tokens in kept.items():
+        assert sampler(**dict(flags)).probabilities(logits)[0].nonzero()[:, 0].tolist() == tokens, flags
+
+
+def test_stop_strings(home, samples, tmp_path):
+    text = next(row["output"] for row in samples if len(row["output"]) > 8)[3:6]
+    rows = run(home, "generate", tmp_path / "a.jsonl", best_of_n=4, stop=(text,))
+    assert any(text in row["output"] for row in samples)
+    for row, before in zip(rows, samples, strict=True):
+        cut = text in before["output"]
+        assert row["output"] == before["output"].split(text)[0]
+        assert row["finish_reason"] == ("stop" if cut else before["finish_reason"])
+
+
+def test_room(home, tmp_path):
+    """Prompt and sample fit into max_model_len; a sample that does not get to its end has finish_reason length."""
+    lengths = [len(make_tokenizer()(text).input_ids) for text in QUESTIONS]
+    limit, flags = max(lengths), {"greedy_sampling": True, "max_drop_ratio": 0.9}
+    assert min(lengths) + 12 < limit
+    rows = run(home, "generate", tmp_path / "a.jsonl", max_model_len=limit, **flags)
+    full = run(home, "generate", tmp_path / "b.jsonl", **flags)
+    assert [row["id"] for row in rows] == [i for i in range(12) if lengths[i] < limit] != list(range(12))
+    for row in rows:
+        expected = full[row["id"]]
+        assert expected["output"].startswith(row["output"].rstrip("\ufffd"))
+        assert lengths[row["id"]] + 12 > limit or row == expected
+
+
+# --- prompts
+
+
+def prompts_of(home, rows, tokenizer=None, **flags):
+    flags = {"prompt_max_len": 100, "max_drop_ratio": 0.9} | flags
+    args = script.Args("generate", str(home / "policy"), "", **flags)
+    return script.make_prompts([(f"x.jsonl:{i + 1}", row) for i, row in enumerate(rows)], tokenizer or make_tokenizer(), args)
+
+
+def test_slices_wrap_around_and_hold_a_prompt_once(home):
+    rows = [{"prompt": str(i)} for i in range(5)]
+    ids = [[p.id for p in prompts_of(home, rows, iter=k, rollout_batch_size=3)] for k in range(4)]
+    assert ids == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
+    assert [p.id for p in prompts_of(home, rows, iter=1, rollout_batch_size=8)] == [3, 4, 0, 1, 2]
+
+
+def test_prompts_that_cannot_be_used_are_listed(home, capsys):
+    rows = [{"prompt": "ok"}, {"prompt": "long " * 90}, {"prompt": None}, {"prompt": " "}, {"prompt": [{"role": "user"}]}]
+    assert [p.id for p in prompts_of(home, rows)] == [0]
+    line = capsys.readouterr().out
+    assert "1 prompts from column prompt | 4 left out: 1 longer than --prompt_max_len 100 (x.jsonl:2), " in line
+    assert "neither text nor messages but NoneType (x.jsonl:3), 1 empty prompt (x.jsonl:4), 1 messages without" in line
+    with pytest.raises(SystemExit):
+        prompts_of(home, rows, max_drop_ratio=0.05)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_prompt_is_the_one_that_sft_trains(home, bos, chat):
+    sft, tokenizer = load_script("sft"), make_tokenizer(bos=bos)
+    rows = [{"prompt": QUESTIONS[1]}]
+    flags = {"apply_chat_template": chat, "input_template": None if chat else "Q: {}\nA:"}
+    (prompt,) = prompts_of(home, rows, tokenizer, **flags)
+    args = sft.Args(pretrain="", **flags)
+    direct = sft.label_tokens(sft.render(tokenizer, QUESTIONS[1], " It is 8.", args), tokenizer, {1}, 999)[0].tolist()
+    ours = sft.label_tokens(sft.render(tokenizer, prompt.text, " It is 8.", args, "stop"), tokenizer, {1}, 999)[0].tolist()
+    assert direct[: len(prompt.ids)] == ours[: len(prompt.ids)] == prompt.ids
+    assert direct == ours
+    assert (prompt.ids[0] == 2) == (bos and not chat) == prompt.text.startswith("<bos>")
+    assert prompt.messages == ([{"role": "user", "content": QUESTIONS[1]}] if chat else [])
+
+
+def test_conversations_are_asked_up_to_their_last_question(home):
+    turns = [("user", "1?"), ("assistant", "1"), ("user", "2?"), ("assistant", "2")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    for rows in ([{"messages": messages}], [{"conversations": [{"from": r, "value": t} for r, t in turns]}]):
+        (prompt,) = prompts_of(home, rows)
+        assert prompt.text == "<|user|>1?\n<|assistant|>1<eos>\n<|user|>2?\n<|assistant|>"
+        assert prompt.messages == messages[:3]
+
+
+# --- scoring
+
+
+def hugging_face_score(folder, text):
+    tokenizer, _ = script.load_tokenizer(str(folder), script.Args("rm", "", ""))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        return model(ids).logits[0, 0].item()
+
+
+def scored_text(row):
+    return row["input"] + row["output"] + ("<eos>" if row["finish_reason"] == "stop" else "")
+
+
+@pytest.mark.parametrize("model", ["rm", "rm_pad_eos"])
+def test_rewards_are_hugging_face_scores(home, samples, tmp_path, model):
+    """In a tree and alone, whatever the batch; pad == EOS: both look at the token before EOS."""
+    flags = {"dataset": str(home / "samples.jsonl"), "pretrain": str(home / model)}
+    found = {n: run(home, "rm", tmp_path / f"{n}.jsonl", micro_batch_size=n, **flags) for n in (1, 3, 8)}
+    for row in found[8]:
+        row["expected"] = hugging_face_score(home / model, scored_text(row))
+    for rows in found.values():
+        assert [{k: v for k, v in row.items() if k not in ("reward", "expected")} for row in rows] == samples
+        for row, other in zip(rows, found[8], strict=True):
+            assert row["reward"] == pytest.approx(other["expected"], abs=1e-5)
+    assert np.std([row["reward"] for row in found[8]]) > 0.1
+
+
+@pytest.fixture(scope="session")
+def openrlhf(home):
+    """The reward model as OpenRLHF saves it, with pad == EOS, and with an own name for its head."""
+    from safetensors.torch import load_file, save_file
+
+    folder = home / "openrlhf"
+    AutoModelForSequenceClassification.from_pretrained(home / "rm_pad_eos", num_labels=1).save_pretrained(folder)
+    make_tokenizer(pad="<eos>").save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["reward_head.weight"] = weights.pop("score.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["RewardModel"], "value_head_prefix": "reward_head", "mean": -0.75, "std": 2.5}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_openrlhf_head(home, samples, openrlhf, tmp_path):
+    """It looks at EOS even where pad is EOS: that is Hugging Face's score with another pad id, the one of rm."""
+    rows = run(home, "rm", tmp_path / "a.jsonl", dataset=str(home / "samples.jsonl"), pretrain=str(openrlhf))
+    reference = AutoModelForSequenceClassification.from_pretrained(home / "rm_pad_eos", dtype=torch.float32)
+    reference.config.pad_token_id = None  # the last token
+    for row in rows[::5]:
+        ids = torch.tensor([make_tokenizer()(scored_text(row)).input_ids])
+        with torch.no_grad():
+            assert row["reward"] == pytest.approx((reference(ids).logits.item() + 0.75) / 2.5, abs=1e-5)
+
+
+def test_value_head_prefix(home, openrlhf, tmp_path, capsys):
+    """A config that does not name the head: the flag does; a wrong one is an error, never a random head."""
+    import shutil
+
+    folder = tmp_path / "rm"
+    shutil.copytree(openrlhf, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["value_head_prefix"]
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = {"dataset": str(home / "samples.jsonl"), "max_samples": 4}
+    named = run(home, "rm", tmp_path / "a.jsonl", pretrain=str(folder), value_head_prefix="reward_head", **flags)
+    assert named == run(home, "rm", tmp_path / "b.jsonl", pretrain=str(openrlhf), **flags)
+    assert "lacks score.weight" in stops(capsys, home, "rm", tmp_path / "c.jsonl", pretrain=str(folder), **flags)
+
+
+def test_not_a_reward_model(home, samples, tmp_path, capsys):
+    flags = {"dataset": str(home / "samples.jsonl")}
+    assert "lacks score.weight" in stops(capsys, home, "rm", tmp_path / "a.jsonl", pretrain=str(home / "policy"), **flags)
+    model = Qwen2ForSequenceClassification(make_config(make_tokenizer(), num_labels=2))
+    model.save_pretrained(tmp_path / "two")
+    make_tokenizer().save_pretrained(tmp_path / "two")
+    line = stops(capsys, home, "rm", tmp_path / "b.jsonl", pretrain=str(tmp_path / "two"), **flags)
+    assert "score.weight is [2, 64]: the head of a reward model has one label" in line
+
+
+def test_bf16_keeps_the_head_in_fp32(home, samples, tmp_path):
+    flags = {"dataset": str(home / "samples.jsonl"), "max_samples": 8}
+    exact, rounded = (run(home, "rm", tmp_path / f"{b}.jsonl", bf16=b, **flags) for b in (False, True))
+    error = np.array([a["reward"] - b["reward"] for a, b in zip(exact, rounded, strict=True)])
+    assert 0 < np.abs(error).max() < 0.15
+    args = script.Args("rm", str(home / "rm"), "")
+    model = script.RewardModel(args, "cpu")
+    saved = AutoModelForSequenceClassification.from_pretrained(home / "rm", dtype=torch.float32).score.weight
+    assert torch.equal(model.head[0], saved) and model.model.model.norm.weight.dtype == torch.bfloat16
+
+
+def texts_of(rows, openrlhf, **flags):
+    args = script.Args("rm", "", "", **flags)
+    return [script.score_text(row, ("input", "output"), make_tokenizer(), openrlhf, args)[0::2][:2] for row in rows]
+
+
+def test_messages_are_rendered_in_the_reward_models_template():
+    """Hugging Face heads read what the template writes, OpenRLHF's up to EOS; a cut answer is followed by nothing."""
+    row = {"input": "policy's own form", "output": "yes", "messages": [{"role": "user", "content": "ok?"}]}
+    rows = [row | {"finish_reason": "stop"}, row | {"finish_reason": "length"}]
+    chat = "<|user|>ok?\n<|assistant|>yes"
+    assert texts_of(rows, False, apply_chat_template=True) == [(chat + "<eos>\n", False), (chat, False)]
+    assert texts_of(rows, True, apply_chat_template=True) == [(chat + "<eos>", False), (chat, False)]
+    plain = "policy's own formyes"
+    assert texts_of(rows, False) == [(plain, True), (plain, False)] == texts_of(rows, True)
+
+
+def test_rows_that_cannot_be_scored_get_null(home, tmp_path, capsys):
+    rows = [{"input": "What? ", "output": text} for text in ("1", "2 " * 60, None, "4")]
+    flags = {"dataset": write(tmp_path / "x.jsonl", rows), "max_len": 40}
+    assert "1 longer than --max_len 40" in stops(capsys, home, "rm", tmp_path / "a.jsonl", **flags)
+    assert not list(tmp_path.glob("a.jsonl*"))
+    scored = run(home, "rm", tmp_path / "a.jsonl", max_drop_ratio=0.5, **flags)
+    assert [row["reward"] is None for row in scored] == [False, True, True, False]
+    assert scored[0]["reward"] == pytest.approx(hugging_face_score(home / "rm", "What? 1<eos>"), abs=1e-5)
+
+
+def test_rejection_sampling():
+    rewards = [(0, 1.0), (0, 3.0), (0, 3.0), (1, None), (1, -2.0), (2, None), (1, -3.0)]
+    rows = [{"id": i, "sample": n, "input": "x", "reward": r} for n, (i, r) in enumerate(rewards)]
+    assert [row["sample"] for row in script.best_samples(rows, "input")] == [1, 4]
+    rows = [{"question": q, "reward": r} for q, r in (("a", 1), ("b", 1), ("a", 2))]
+    assert [row["reward"] for row in script.best_samples(rows, "question")] == [2, 1]
+
+
+def test_post_processor_and_scored_path(home, samples, tmp_path):
+    flags = {"dataset": str(home / "samples.jsonl"), "scored_path": str(tmp_path / "all.jsonl")}
+    best = run(home, "rm", tmp_path / "best.jsonl", post_processor="rs", **flags)
+    scored = read(tmp_path / "all.jsonl")
+    assert [row["id"] for row in best] == list(range(12)) and len(scored) == 48
+    for row in best:
+        assert row["reward"] == max(r["reward"] for r in scored if r["id"] == row["id"])
+        assert row in scored
+    summary = json.loads((tmp_path / "best.jsonl.meta.json").read_text())["summary"]
+    assert summary["rows"] == 48 and summary["selected"] == 12
+    assert summary["reward_mean"] == pytest.approx(np.mean([row["reward"] for row in scored]))
+
+
+# --- identity, resume, ranks
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(monkeypatch, home, task, out, after, **flags):
+    """Runs until `after` batches are written, then dies in the middle of a line."""
+    write_part, count = script.Parts.write, 0
+
+    def write_some(parts, rows):
+        nonlocal count
+        count += 1
+        if count > after:
+            parts.file.write('{"id": 3, "sam')
+            parts.file.flush()
+            raise Killed
+        write_part(parts, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Parts, "write", write_some)
+        with pytest.raises(Killed):
+            run(home, task, out, **flags)
+    assert not out.exists() and Path(f"{out}.partial").exists()
+
+
+@pytest.mark.parametrize("task", ["generate", "rm"])
+def test_a_killed_stage_continues(home, samples, tmp_path, monkeypatch, capsys, task):
+    flags = {"micro_batch_size": 3, "best_of_n": 4} if task == "generate" else {"dataset": str(home / "samples.jsonl")}
+    whole = run(home, task, tmp_path / "whole.jsonl", **flags)
+    out = tmp_path / "out.jsonl"
+    interrupted(monkeypatch, home, task, out, 1, **flags)
+    interrupted(monkeypatch, home, task, out, 1, **flags)
+    capsys.readouterr()
+    assert run(home, task, out, **flags) == whole
+    assert "resume " in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("out")) == ["out.jsonl", "out.jsonl.meta.json"]
+
+
+def test_the_same_command_does_nothing_another_replaces(home, tmp_path, monkeypatch, capsys):
+    out, flags = tmp_path / "sub" / "out.jsonl", {"max_samples": 3}
+    first = run(home, "generate", out, **flags)
+    stamp = out.stat().st_mtime_ns
+    assert run(home, "generate", out, micro_batch_size=2, **flags) == first
+    assert out.stat().st_mtime_ns == stamp and "nothing to do" in capsys.readouterr().out
+    out.write_text(out.read_text() + "\n")  # somebody changed it
+    assert run(home, "generate", out, **flags) == first
+    assert "changed since" in capsys.readouterr().out
+    assert run(home, "generate", out, seed=7, **flags) != first
+    assert "will be replaced: seed was 42, now 7" in capsys.readouterr().out
+
+
+def test_parts_of_another_command_are_not_continued(home, samples, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.jsonl"
+    interrupted(monkeypatch, home, "generate", out, 2, seed=1, micro_batch_size=2)
+    assert run(home, "generate", out, best_of_n=4) == samples
+    assert "starting over: best_of_n was 1, now 4, seed was 1, now 42" in capsys.readouterr().out
+
+
+def test_two_at_once(home, tmp_path, capsys):
+    import fcntl
+
+    (tmp_path / "a.jsonl.partial").mkdir()
+    with open(tmp_path / "a.jsonl.partial" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in stops(capsys, home, "generate", tmp_path / "a.jsonl")
+
+
+def launch(tmp_path, ranks, configs):
+    """Runs main() for each configuration in one start of Python per rank."""
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    python = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
+    command = [*python, str(Path(__file__).parent / "launch.py"), "batch_infer", str(tmp_path / "configs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks(home, samples, tmp_path):
+    """The same samples and, to rounding, rewards, in the same order, none twice."""
+    common = {"bf16": False, "prompt_max_len": 100, "max_new_tokens": 12}
+    generate = {"eval_task": "generate", "pretrain": str(home / "policy"), "dataset": str(home / "prompts.jsonl")}
+    generate |= {"output_path": str(tmp_path / "gen.jsonl"), "best_of_n": 4, "micro_batch_size": 2, **common}
+    rm = {"eval_task": "rm", "pretrain": str(home / "rm"), "dataset": str(home / "samples.jsonl"), **common}
+    rm |= {"output_path": str(tmp_path / "rm.jsonl")}
+    text = launch(tmp_path, 2, [generate, rm, rm])
+    assert read(tmp_path / "gen.jsonl") == samples
+    alone = run(home, "rm", tmp_path / "alone.jsonl", dataset=str(home / "samples.jsonl"))
+    for row, expected in zip(read(tmp_path / "rm.jsonl"), alone, strict=True):
+        assert row | {"reward": 0} == expected | {"reward": 0}
+        assert row["reward"] == pytest.approx(expected["reward"], abs=1e-5)
+    assert "| 2 x CPU" in text and text.count("nothing to do") == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# --- bad input
+
+
+def test_bad_flags(home, tmp_path, capsys):
+    cases = {
+        "--post_processor csft: not available yet": {"task": "rm", "post_processor": "csft"},
+        "--post_processor bon: unknown; there is rs": {"task": "rm", "post_processor": "bon"},
+        "belong to --eval_task rm": {"post_processor": "rs"},
+        "--top_p must be between": {"top_p": 1.5},
+        "--best_of_n must be between": {"best_of_n": 0},
+        "--greedy_sampling gives the same answer": {"greedy_sampling": True, "best_of_n": 2},
+        "no column 'prmpt'; it has prompt": {"input_key": "prmpt"},
+        "is more than the model's 256": {"max_model_len": 300},
+        "nowhere.jsonl": {"dataset": str(tmp_path / "nowhere.jsonl")},
+        "empty.jsonl": {"dataset": write(tmp_path / "empty.jsonl", [])},
+        "one of our other files": {"dataset": str(tmp_path / "out.jsonl")},
+        "no-such-model": {"pretrain": "./no-such-model"},
+    }
+    if importlib.util.find_spec("vllm") is None:
+        cases["vLLM is missing: pip install -r requirements-vllm.txt"] = {"task": "generate_vllm"}
+    for message, flags in cases.items():
+        line = stops(capsys, home, flags.pop("task", "generate"), tmp_path / "out.jsonl", **flags)
+        assert message in line, line
+    assert [p.name for p in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+def test_unknown_task_and_flag():
+    for words in (["--eval_task", "generat"], ["--eval_task", "rm", "--best_of", "3"]):
+        command = [sys.executable, script.__file__, *words, "--pretrain", "x", "--output_path", "y"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and ("generate" in done.stderr or "--best-of-n" in done.stderr), done.stderr
+
+
+def test_full_disk(home, tmp_path, capsys):
+    parts = object.__new__(script.Parts)
+    parts.file = open("/dev/full", "w") if os.path.exists("/dev/full") else pytest.skip("no /dev/full here")
+    with pytest.raises(SystemExit):
+        parts.write([{"id": 0}])
+    assert "No space left on device; what is written stays" in capsys.readouterr().err
+
+
+# --- vLLM
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (requirements-vllm.txt)")
+def test_vllm(home, tmp_path):
+    """Greedy: the same rows as Hugging Face's. Sampled: the same rows for other companions in the engine, and a prompt's
+    rows as they were before a restart."""
+    prompts = str(home / "prompts.jsonl")
+    common = {"eval_task": "generate_vllm", "pretrain": str(home / "policy"), "dataset": prompts, "bf16": False}
+    common |= {"prompt_max_len": 100, "max_new_tokens": 12}
+    sampled = common | {"best_of_n": 3, "temperature": 0.8, "top_k": 50, "min_p": 0.01, "stop": ["plus"]}
+    greedy = common | {"greedy_sampling": True, "max_model_len": 60, "repetition_penalty": 1.2}
+    configs = [greedy, sampled, sampled | {"max_samples": 5, "max_num_seqs": 4}]
+    configs = [config | {"output_path": str(tmp_path / f"{i}.jsonl")} for i, config in enumerate(configs)]
+    launch(tmp_path, 1, configs)
+    flags = {name: greedy[name] for name in ("greedy_sampling", "max_model_len", "repetition_penalty")}
+    assert read(tmp_path / "0.jsonl") == run(home, "generate", tmp_path / "hf.jsonl", **flags)
+    rows = read(tmp_path / "1.jsonl")
+    assert [(row["id"], row["sample"]) for row in rows] == [(i, k) for i in range(12) for k in range(3)]
+    assert read(tmp_path / "2.jsonl") == rows[:15]
+    assert len({row["output"] for row in rows}) > 20 and not any("plus" in row["output"] for row in rows)
