@@ -118,7 +118,7 @@ stop() { # stop NUMBER-OF-SIGNAL: ends the stage and whatever it started; a seco
   local group
   for group in $(jobs -p); do
     trap 'kill -KILL -- "-$group"' INT TERM HUP
-    if kill -TERM -- "-$group" 2>/dev/null; then wait "$group" || true; fi
+    if kill -TERM -- "-$group" 2>/dev/null; then wait "$group" 2>/dev/null || true; fi
     kill -KILL -- "-$group" 2>/dev/null || true
   done
   echo "stopped; the same command continues" >&2

@@ -523,25 +523,30 @@ class LogProbs(nn.Module):
         if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
             deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
 
-    def logits(self, hidden, weight, bias):
+    def logits(self, weight, bias, hidden):
         """hidden [C, H] -> fp32 logits [C, V], with the quirks that models apply behind the head."""
         logits = F.linear(hidden, weight, bias).float()
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def chunk_logps(self, hidden, weight, bias, targets):
-        logits = self.logits(hidden, weight, bias)
+    def chunk_logps(self, weight, bias, hidden, targets):
+        logits = self.logits(weight, bias, hidden)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
-    def forward(self, pack):
-        body, head = self.parts
+    def hidden(self, pack):
+        """The hidden states that predict the pack's trained tokens, [N, H]."""
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
-        hidden = body(**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
-        weight, bias = head.weight, getattr(head, "bias", None)
+        return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
+
+    def in_chunks(self, function, *tensors):
+        """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
+        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
-        chunks = zip(hidden.split(rows), pack["targets"].split(rows), strict=True)
-        logps = [checkpoint(self.chunk_logps, h, weight, bias, t, use_reentrant=False) for h, t in chunks]
-        return torch.cat(logps)
+        chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
+        return torch.cat([checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def forward(self, pack):
+        return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
 # --- the loss

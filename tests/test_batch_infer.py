@@ -23,8 +23,8 @@ from transformers import (
 
 script = load_script("batch_infer")
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 QUESTIONS = [f"{'Please say, w' if i % 3 else 'W'}hat is {i} plus {i * 7}? " * (1 + i % 2) for i in range(12)]
 
@@ -52,6 +52,11 @@ def make_config(tokenizer, **changes):
         vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=256, initializer_range=0.15,
         tie_word_embeddings=False, **sizes, **ids, **changes,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def console_of_the_test(monkeypatch):
+    monkeypatch.setattr(script.note, "__defaults__", (None,))  # stdout as it is now, not as it was at import
 
 
 def write(path, rows):
@@ -205,7 +210,7 @@ def test_room(home, tmp_path):
     """Prompt and sample fit into max_model_len; a sample that does not get to its end has finish_reason length."""
     lengths = [len(make_tokenizer()(text).input_ids) for text in QUESTIONS]
     limit, flags = max(lengths), {"greedy_sampling": True, "max_drop_ratio": 0.9}
-    assert min(lengths) + 12 < limit
+    assert min(lengths) + 12 <= limit
     rows = run(home, "generate", tmp_path / "a.jsonl", max_model_len=limit, **flags)
     full = run(home, "generate", tmp_path / "b.jsonl", **flags)
     assert [row["id"] for row in rows] == [i for i in range(12) if lengths[i] < limit] != list(range(12))
