@@ -72,12 +72,12 @@ class Args:
     """bf16 weights with fp32 master weights; --no-bf16 trains in fp32."""
     flash_attn: bool = False
     """Accepted for old commands: on a GPU attention is torch's own FlashAttention in any case."""
-    value_head_prefix: str = "value_head"
-    """rm: name of an OpenRLHF head in the checkpoint, where config.json has no value_head_prefix."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     tokenizer_chat_template: str | None = None
     """A Jinja chat template, or a .jinja file with one, in place of the tokenizer's own."""
+    value_head_prefix: str = "value_head"
+    """rm: name of an OpenRLHF head in the checkpoint, where config.json has no value_head_prefix."""
     # data
     dataset: str = ""
     """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@DATA_DIR)."""
@@ -87,6 +87,8 @@ class Args:
     """Split of --dataset, where it has splits."""
     max_samples: int = 100_000_000
     """Use the first this many rows of each dataset."""
+    max_len: int = 2048
+    """Tokens of prompt + response; a longer response is cut, a row with a prompt that long is dropped."""
     max_drop_ratio: float = 0.05
     """Stop when more than this share of the rows cannot be used."""
     input_key: str | None = None
@@ -108,6 +110,8 @@ class Args:
     """Prompts with more tokens are left out."""
     max_new_tokens: int = 1024
     """Most tokens of a sample, EOS included."""
+    max_model_len: int | None = None
+    """Most tokens of prompt + sample. Default: prompt_max_len + max_new_tokens, or the model's limit."""
     temperature: float = 1.0
     """Divides the logits, up to 2; 0 = greedy."""
     top_p: float = 1.0
@@ -124,22 +128,17 @@ class Args:
     """Texts that end a sample; they are not part of it."""
     seed: int = 42
     """Seed of everything random: data order, LoRA's start and dropout."""
-    # scoring
-    max_len: int = 2048
-    """Tokens of prompt + response; a longer response is cut, a row with a prompt that long is dropped."""
     post_processor: str | None = None
     """rm: what becomes of the scored rows; rs = only the best sample of each prompt. Default: all rows."""
+    # from here on, flags do not decide the result
     scored_path: str | None = None
     """rm: keep all scored rows in this .jsonl, next to the post-processor's output."""
-    # system
     micro_batch_size: int = 16
     """generate: prompts, rm: responses per forward pass and rank; changes speed and memory, never the result."""
     tp_size: int = 1
     """vLLM: devices that share the model (tensor parallel)."""
     max_num_seqs: int = 256
     """vLLM: samples that run at the same time."""
-    max_model_len: int | None = None
-    """Most tokens of prompt + sample. Default: prompt_max_len + max_new_tokens, or the model's limit."""
     gpu_memory_utilization: float = 0.9
     """vLLM: share of the GPU's memory to use."""
     enable_prefix_caching: bool = False
@@ -409,7 +408,7 @@ def make_prompts(rows, tokenizer, args):
 
 
 def make_prompt(where, row, index, key, tokenizer, limit, args):
-    """The Prompt of a row, tokenised as sft.py tokenises the same row: the trained prompt is the one seen here."""
+    """The Prompt of a row, tokenised as sft.py does: the prompt that is trained on is the one seen here."""
     value = row.get(key)
     if not isinstance(value, str | list):
         raise ValueError(f"prompt is neither text nor messages but {type(value).__name__}")
@@ -602,13 +601,12 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
     lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
-    splits, outputs = [x.split(lengths, 2) for x in (query, key, value)], []  # spans follow each other without gaps
+    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # spans have no gaps
     for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
-        if p_end > p_start:
-            prefix = slice(0, p_end - p_start)
-            k, v = torch.cat([tree_k[:, :, prefix], k], 2), torch.cat([tree_v[:, :, prefix], v], 2)
+        if p_end == p_start:
+            first = k, v  # of the segment that begins with the prompt
         else:
-            tree_k, tree_v = k, v  # of the segment that begins with the prompt
+            k, v = (torch.cat([x[:, :, : p_end - p_start], own], 2) for x, own in zip(first, (k, v)))
         n_q, n_k, mask = q.shape[2], k.shape[2], None
         if n_q < n_k or 0 <= window < n_k or softcap is not None:
             at = torch.arange(n_k, device=q.device)
@@ -684,11 +682,9 @@ def outputs(args):
 
 
 def identify_stage(args, tokenizer):
-    """What decides the output: flags and the contents of model and data, not speed, places or number of ranks."""
-    free = "pretrain output_path scored_path dataset flash_attn trust_remote_code tokenizer_chat_template "
-    free += "micro_batch_size tp_size max_num_seqs gpu_memory_utilization enable_prefix_caching zero_stage "
-    free += "local_rank max_drop_ratio"
-    identity = {k: v for k, v in dataclasses.asdict(args).items() if k not in free.split()}
+    """What decides the output: flags and the contents of model and data, not speed, places or ranks."""
+    flags, places = dataclasses.asdict(args), ("pretrain", "output_path", "dataset", "max_drop_ratio")
+    identity = {k: v for k, v in list(flags.items())[: list(flags).index("scored_path")] if k not in places}
     identity |= {"weights": fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
     identity["chat_template"] = tokenizer.chat_template
     return json.loads(json.dumps(identity))  # as it will be read back
@@ -699,7 +695,7 @@ def open_stage(args, identity):
     output, partial = args.output_path, Path(f"{args.output_path}.partial")
     meta = read_object(f"{output}.meta.json")
     found = [path for path in outputs(args) if Path(path).exists()]
-    if meta.get("identity") == identity and sha256_all(found) == meta["sha256"]:
+    if meta.get("identity") == identity and sha256_all(found) == meta.get("sha256"):
         note(f"done   {output} is complete and made by this command: nothing to do")
         return "done", None
     if output in found:
@@ -721,10 +717,10 @@ def open_stage(args, identity):
 
 
 class Parts:
-    """Finished results on disk while the stage runs: in <output_path>.partial/, a JSONL for each start and rank.
+    """Finished results on disk while the stage runs: in <output_path>.partial/, a JSONL per start and rank.
 
-    A start never writes into an old file, so a line that a kill cut off is simply not there. Results are known by
-    (id, sample); rewards by (index of the row, 0).
+    A start never writes into an old file, so a line that a kill cut off is simply not there. A result is
+    known by (id, sample), a reward by (index of the row, 0).
     """
 
     def __init__(self, args, start, rank):
@@ -777,7 +773,7 @@ def request_seed(args, prompt):
 
 
 def write_samples(parts, prompt, samples, tokenizer, stop_ids, args):
-    """Writes the rows of a prompt's samples, {k: token ids}, which end with or go on behind a first stop token."""
+    """Writes the rows of a prompt's samples, {k: token ids}; ids may go on behind their first stop token."""
     rows, context = [], prompt.ids[-16:]  # decoded too: some tokenizers drop a blank at the start of a text
     before = len(tokenizer.decode(context, clean_up_tokenization_spaces=False))
     for k, ids in sorted(samples.items()):
@@ -796,7 +792,7 @@ def unfinished(prompts, parts, args):
 
 
 def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
-    """Each prompt is one request for all its samples; the engine runs full, and what finishes goes to disk."""
+    """Each prompt is one request for all its samples; the engine stays full, what finishes goes to disk."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": context_limit(args)}
@@ -998,7 +994,7 @@ def last_tokens(trees, pad):
 
 
 def check_rewards(model, args):
-    """Stops unless hidden states in a tree equal those of the model's eager attention, each response alone."""
+    """Stops unless hidden states in a tree equal those of the model's eager attention, each branch alone."""
     ids = np.arange(40) * 7919 % (model.model.config.get_text_config().vocab_size - 9) + 9  # 0 is often pad
     prompt, branches = ids[:16].astype(np.int32), [ids[16:27].astype(np.int32), ids[27:].astype(np.int32)]
     tree = {"prompt": prompt, "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
@@ -1016,7 +1012,7 @@ def check_rewards(model, args):
 def score(trees, parts, args, rank, world_size, device):
     """Rewards of all rows of the trees, balanced over the ranks by tokens.
 
-    The plan is the same at every start with as many ranks: what is scored after a kill has the same neighbours.
+    The plan is the same at every start with as many ranks: after a kill, a row has the neighbours it had.
     """
     per_pass = max(1, args.micro_batch_size // max(len(tree["rows"]) for tree in trees))
     plan, block = [], 32 * world_size * per_pass  # in blocks, as split_step takes quadratic time
@@ -1095,8 +1091,8 @@ def check_flags(args, world_size):
             die(f"generate_vllm is one process, not {world_size}: start it with python (and --tp_size)")
         if args.micro_batch_size != 16:
             note("notice --micro_batch_size: vLLM fills its batches itself, up to --max_num_seqs")
-    if args.zero_stage:
-        note(f"notice --zero_stage {args.zero_stage}: the model is whole on each rank")
+    if args.flash_attn or args.enable_prefix_caching or args.zero_stage:
+        note("notice --flash_attn, --enable_prefix_caching and --zero_stage change nothing in this script")
     taken = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
     for path in outputs(args):
         if Path(path).is_dir() or os.path.realpath(path) in taken:
@@ -1128,6 +1124,8 @@ def finish(args, rows, identity, key, started):
     record = {"identity": identity, "sha256": sha256_all(outputs(args)), "summary": summary}
     write_atomic(meta, json.dumps(record, indent=1))
     shutil.rmtree(f"{args.output_path}.partial")
+    if ends:
+        note(f"sample {rows[0]['input'][-50:]}[{rows[0]['output'][:200]}]".replace("\n", "\\n"))
     text = "  ".join(f"{name} {value:.4g}" for name, value in summary.items())
     note(f"saved  {args.output_path}  {text}  ({datetime.timedelta(seconds=int(time.time() - started))})")
 

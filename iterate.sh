@@ -19,8 +19,8 @@ set -euo pipefail
 : "${REF_MODEL_PATH:=}"     # the reference of methods that have one: a model, ...
 : "${REF:=}"                # ... or init (POLICY_MODEL_PATH, the default) or prev (the policy of the iteration)
 : "${TRAINING_ITERS:=3}"
-: "${ROLLOUT_BATCH_SIZE:=}" # prompts per iteration (10240, toy 256): the next slice each time, wrapping around
-: "${BEST_OF_N:=}"          # samples per prompt (4, toy 8)
+: "${ROLLOUT_BATCH_SIZE:=2048}" # prompts per iteration: the next slice each time, wrapping around
+: "${BEST_OF_N:=4}"         # samples per prompt
 : "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
 : "${RM_FLAGS:=}"           # more flags for batch_infer.py when it scores
 : "${TRAIN_FLAGS:=}"        # more flags for the trainer
@@ -43,13 +43,12 @@ toy=
 if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET ]]; then
   toy=${OUT:=runs/toy}/toy
   POLICY_MODEL_PATH=$toy/policy RM_MODEL_PATH=$toy/rm PROMPT_DATASET=$toy/prompts.jsonl
-  : "${ROLLOUT_BATCH_SIZE:=256}" "${BEST_OF_N:=8}"
   GENERATE_FLAGS="--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64 $GENERATE_FLAGS"
   RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS"
   TRAIN_FLAGS="--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 --learning_rate 1e-3 \
     $TRAIN_FLAGS"
 fi
-: "${OUT:=runs/$METHOD}" "${ROLLOUT_BATCH_SIZE:=10240}" "${BEST_OF_N:=4}"
+: "${OUT:=runs/$METHOD}"
 OUT=${OUT%/}
 for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE BEST_OF_N NUM_GPUS; do
   [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} is not a whole number above 0"

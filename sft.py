@@ -481,13 +481,12 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
     lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
-    splits, outputs = [x.split(lengths, 2) for x in (query, key, value)], []  # spans follow each other without gaps
+    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # spans have no gaps
     for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
-        if p_end > p_start:
-            prefix = slice(0, p_end - p_start)
-            k, v = torch.cat([tree_k[:, :, prefix], k], 2), torch.cat([tree_v[:, :, prefix], v], 2)
+        if p_end == p_start:
+            first = k, v  # of the segment that begins with the prompt
         else:
-            tree_k, tree_v = k, v  # of the segment that begins with the prompt
+            k, v = (torch.cat([x[:, :, : p_end - p_start], own], 2) for x, own in zip(first, (k, v)))
         n_q, n_k, mask = q.shape[2], k.shape[2], None
         if n_q < n_k or 0 <= window < n_k or softcap is not None:
             at = torch.arange(n_k, device=q.device)
@@ -626,7 +625,9 @@ def identify(args, inputs, world_size):
     """What decides the result of a run: flags (before eval_dataset), contents of its inputs, ranks."""
     flags = dataclasses.asdict(args)
     names = list(flags)[: list(flags).index("eval_dataset")]
-    flags = {name: flags[name] for name in names if name not in ("pretrain", "dataset", "max_drop_ratio")}
+    free = "pretrain dataset max_drop_ratio ref_pretrain ref_offload cache_dir "  # of these, contents decide
+    free += "teacher_model teacher_offload teacher_cache"
+    flags = {name: flags[name] for name in names if name not in free.split()}
     contents = {name: fingerprint(path) for name, path in inputs.items()}
     identity = {"script": Path(__file__).name, **flags, **contents, "world_size": world_size}
     return json.loads(json.dumps(identity))  # as it will be read back
@@ -877,6 +878,16 @@ def check_attention(engine, args):
         die(f"{type(model).__name__} is not supported: tree attention is off by {worst:.2g} nats per token")
 
 
+def epoch_order(trees, seed, epoch):
+    """A random order of the examples, in which those of each label (kto.py has two) are spread evenly."""
+    rng, labels = np.random.default_rng([seed, epoch]), np.array([tree.get("label", 0) for tree in trees])
+    place = np.empty(len(trees))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.argsort(place)
+
+
 def learning_rate(args, step, total_steps):
     """Learning rate of step 1 .. total_steps: linear warm-up that ends at the peak, then the schedule."""
     warmup = math.ceil(args.lr_warmup_ratio * total_steps)
@@ -991,6 +1002,11 @@ def main(args):
     if len(trees) < args.train_batch_size:
         note(f"notice {len(trees)} examples for --train_batch_size {args.train_batch_size}: one smaller step")
 
+    def batch_of(step):
+        epoch, index = divmod(step - 1, steps_per_epoch)
+        order, first = epoch_order(trees, args.seed, epoch), index * args.train_batch_size
+        return [trees[i] for i in order[first : first + args.train_batch_size]]
+
     identity, state, lock = None, [None], None
     if rank == 0:  # hashing may take long: before the process group, whose collectives time out
         identity = identify(args, inputs, world_size)
@@ -1027,16 +1043,14 @@ def main(args):
     n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()) / 1e6
     model_name = f"{Path(args.pretrain).name} {n_parameters:,.1f}M {'bf16' if args.bf16 else 'fp32'}"
     note(f"{Path(__file__).stem:<6} {model_name} | ZeRO-{args.zero_stage} | {world_size} x {device[:4]}")
+    n_trained = sum(int(trained.sum()) for tree in trees for trained in tree["trained"])
     epochs = f"{total_steps} steps | {n_tokens * args.max_epochs / 1e6:.2f}M tokens"
-    note(f"batch  {args.train_batch_size} examples/step | {epochs}, {size(trees) / n_tokens:.0%} trained")
+    note(f"batch  {args.train_batch_size} examples/step | {epochs}, {n_trained / n_tokens:.0%} trained")
     show_sample(tokenizer, trees[0])
     for step in range(start_step, total_steps + 1):
         metrics, tick = {}, time.time()
         if step > start_step:
-            epoch, index = divmod(step - 1, steps_per_epoch)
-            order = np.random.default_rng([args.seed, epoch]).permutation(len(trees))
-            first = index * args.train_batch_size
-            batch = [trees[i] for i in order[first : first + args.train_batch_size]]
+            batch = batch_of(step)
             torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, total_steps)

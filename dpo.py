@@ -1,0 +1,1358 @@
+"""Direct preference optimisation (DPO) and its relatives in one file.
+
+A pair is a prompt x, a chosen response w and a rejected one l. With logps(y) = sum_t log pi(y_t | x, y_<t),
+h = logps(w) - ref_logps(w) - logps(l) + ref_logps(l), L(h) = -log sigmoid(beta h), e = --label_smoothing, the
+loss is the mean over the pairs of an optimiser step of
+
+    --loss_type sigmoid  L(h)                                  DPO, Eq. 7 of arXiv:2305.18290
+                         (1 - e) L(h) + e L(-h)                cDPO, Eq. 3 of ericmitchell.ai/cdpo.pdf
+                robust   ((1 - e) L(h) - e L(-h)) / (1 - 2e)   robust DPO, arXiv:2403.00409
+                hinge    max(0, 1 - beta h)                    SLiC on log-ratios, arXiv:2309.06657
+                ipo      (h - 1 / (2 beta))^2                  IPO, Eq. 17 of arXiv:2310.12036 (beta: its tau)
+    --length_normalized  logps / response tokens               Tulu 3, arXiv:2411.15124 (with beta about 5)
+    --ld_alpha a         a x the tokens behind the shorter response's length          LD-DPO, arXiv:2409.06411
+    --nll_loss_coef c    + c x the mean of -log pi over all chosen tokens of the step
+                         (c = 1, but means per response, in arXiv:2404.19733; c = 0.2 in arXiv:2407.21783)
+
+Deviations from the usual trainer:
+ 1. A prompt is computed once: both responses hang off it, and attention follows that tree.
+ 2. The reference's log-probs are computed before the policy is loaded, and kept in --cache_dir.
+ 3. IPO takes means per token, as its authors advise (--ipo_sum: sums, as OpenRLHF does).
+ 4. Pairs that are identical, if only after truncation, are dropped.
+ 5. Where the reference is the start policy, the run stops unless the first loss is that of h = 0 (ln 2).
+ 6. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
+
+Metrics: rewards/* = beta (logps - ref_logps) as the loss sees them; accuracies = share of margins above 0;
+logps/* = sums in nats; length/* in tokens; margin_length_corr = correlation of margin and length difference;
+shared_prompt = share of tokens saved by computing prompts once; kl_ref = KL(policy, reference) in nats per
+response, were the data the reference's samples: sum_t (r log r - r + 1) with r = pi / ref.
+
+A data row, one of (other columns: --prompt_key, --chosen_key, --rejected_key):
+    {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                             text, or lists of messages
+    {"chosen": [{"role": "user", "content": "2+2?"}, ...], "rejected": [...]}      whole conversations
+    {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": ...}             as in Anthropic/hh-rlhf
+
+Commands:
+    python dpo.py --pretrain MODEL --dataset pairs.jsonl --save_path runs/dpo           # one GPU, or a CPU
+    deepspeed --num_gpus 8 dpo.py --pretrain MODEL --dataset pairs.jsonl --zero_stage 3 --packing_samples
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 dpo.py ...
+    python dpo.py --pretrain runs/toy/toy/policy_init --dataset runs/toy/toy/pairs.jsonl --no-bf16  # smoke run
+"""
+
+import collections
+import dataclasses
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
+import deepspeed
+import transformers
+
+
+@dataclass
+class Args:
+    # model
+    pretrain: str
+    """The model to train: a Hugging Face folder or hub name."""
+    bf16: bool = True
+    """bf16 weights with fp32 master weights; --no-bf16 trains in fp32."""
+    flash_attn: bool = False
+    """Accepted for old commands: on a GPU attention is torch's own FlashAttention in any case."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about 25 % more time."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on all linear layers; 0 = full fine-tuning. The saved model has them merged."""
+    lora_alpha: int = 16
+    """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the LoRA adapters, 0 to 1. All other dropout is off."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    tokenizer_chat_template: str | None = None
+    """A Jinja chat template, or a .jinja file with one, in place of the tokenizer's own."""
+    # data
+    dataset: str = ""
+    """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@DATA_DIR)."""
+    dataset_probs: str | None = None
+    """Comma list of shares that the datasets get of an epoch of the same size. Default: every row once."""
+    dataset_split: str = "train"
+    """Split of --dataset, where it has splits."""
+    max_samples: int = 100_000_000
+    """Use the first this many rows of each dataset."""
+    max_len: int = 2048
+    """Tokens of prompt + response; a longer response is cut, a row with a prompt that long is dropped."""
+    max_drop_ratio: float = 0.05
+    """Stop when more than this share of the rows cannot be used."""
+    prompt_key: str | None = None
+    """Column of the prompt. Default: a known one (prompt, question, ...), else the responses include it."""
+    chosen_key: str = "chosen"
+    """Column of the preferred response, text, messages, or a whole conversation."""
+    rejected_key: str = "rejected"
+    """Column of the other response, in the same form."""
+    input_template: str | None = None
+    """Format of a plain text prompt, such as "User: {}\\nAssistant: "."""
+    apply_chat_template: bool = False
+    """Wrap plain text rows as one user and one assistant turn in the tokenizer's chat template."""
+    # loss
+    beta: float = 0.1
+    """How closely the policy keeps to the reference: 0.1 to 0.5, with --length_normalized 2 to 10."""
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """Loss of a pair; the page above has the formulas."""
+    ipo: bool = False
+    """Old name of --loss_type ipo."""
+    ipo_sum: bool = False
+    """IPO with summed log-probs in place of means per token."""
+    label_smoothing: float = 0.0
+    """Assumed share of wrong labels, 0 to 0.5: cDPO with --loss_type sigmoid, robust DPO with robust."""
+    length_normalized: bool = False
+    """Log-probs are means per token in place of sums."""
+    ld_alpha: float = 1.0
+    """Weight of the tokens by which one response is longer than the other, 0 to 1; 1 = off (LD-DPO)."""
+    nll_loss_coef: float = 0.0
+    """Weight of the chosen responses' negative log-likelihood, a mean over their tokens in the step."""
+    ref_pretrain: str | None = None
+    """The reference model. Default: the start policy (--pretrain)."""
+    # optimisation
+    learning_rate: float = 5e-7
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine_with_min_lr"
+    """Learning rate after the warm-up."""
+    lr_warmup_ratio: float = 0.03
+    """Share of all steps with linear warm-up."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate of cosine_with_min_lr, relative to the peak."""
+    l2: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Beta1 and beta2 of AdamW."""
+    max_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 = no clipping."""
+    max_epochs: int = 1
+    """Passes over the data."""
+    seed: int = 42
+    """Seed of everything random: data order, LoRA's start and dropout."""
+    train_batch_size: int = 128
+    """Examples per optimiser step, over all ranks."""
+    micro_train_batch_size: int = 8
+    """At most this many examples per forward pass and rank; changes speed and memory, never the result."""
+    packing_samples: bool = False
+    """Fill each forward pass to micro_train_batch_size x max_len tokens instead."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
+    adam_offload: bool = False
+    """Keep optimiser state and master weights in CPU memory."""
+    # evaluation, logging, saving: from here on, flags do not decide the result
+    eval_dataset: str | None = None
+    """Held-out rows, given as --dataset; no evaluation without it."""
+    eval_split: str = "test"
+    """Split of --eval_dataset, where it has splits."""
+    eval_steps: int = -1
+    """Evaluate every this many steps; -1 = at step 0 and at the end of each epoch."""
+    ref_offload: bool = False
+    """With --zero_stage 3: the reference's weights are in CPU memory while it computes its log-probs."""
+    cache_dir: str = "~/.cache/flatalign"
+    """Folder of the reference log-probs, found again by every run with the same data and reference."""
+    logging_steps: int = 1
+    """Log every this many steps."""
+    use_wandb: str | None = None
+    """Log to Weights & Biases too: an API key, or any word with WANDB_API_KEY in the environment."""
+    save_path: str = "./ckpt"
+    """Folder of the trained model, in Hugging Face form, with args.json and metrics.jsonl."""
+    save_steps: int = -1
+    """Write a checkpoint every this many steps; -1 = never. The same command resumes from the newest."""
+    ckpt_path: str | None = None
+    """Folder of the checkpoints. Default: <save_path>.ckpt, removed once the final model is saved."""
+    max_ckpt_num: int = 3
+    """Keep this many checkpoints."""
+    load_checkpoint: bool = False
+    """Accepted for old commands: resuming is automatic."""
+    local_rank: int = -1
+    """Set by the deepspeed launcher."""
+
+
+# --- reading rows
+
+
+def note(message, file=sys.stdout):
+    """One line on the console of rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=file, flush=True)
+
+
+def die(message):
+    """Ends the program with one line on stderr and exit code 2."""
+    note(f"error: {message}", sys.stderr)
+    raise SystemExit(2)
+
+
+def read_json(path):
+    """Rows of a .jsonl (an object per line) or .json (a list of objects) file, each as ("file:line", row)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        die(f"{path}: cannot be read: {e}")
+    is_list, rows = text.lstrip()[:1] == "[", []
+    parts = [text] if is_list else text.split("\n")
+    for number, part in enumerate(parts, 1):
+        try:
+            values = json.loads(part) if part.strip() else []
+        except json.JSONDecodeError as e:
+            if number == len(parts) > 1:  # no newline behind it: its writer was killed there
+                note(f"notice {path}:{number}: the last line is cut off, dropped")
+                continue
+            die(f"{path}:{number + e.lineno - 1}: broken JSON: {e.msg} at column {e.colno}")
+        rows += enumerate(values) if is_list else [(number, values)] if part.strip() else []
+    for number, row in rows:
+        if not isinstance(row, dict):
+            die(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
+    return [(f"{path}:{number}", row) for number, row in rows]
+
+
+def read_table(name, split):
+    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@DATA_DIR)."""
+    path, _, data_dir = name.partition("@")
+    kind = Path(path).suffix[1:]
+    if kind in ("json", "jsonl"):
+        return read_json(path)
+    import datasets  # a second to import: only where it is needed
+
+    try:
+        if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
+            table = datasets.load_from_disk(path)
+        elif kind in ("csv", "parquet", "arrow"):
+            table = datasets.load_dataset(kind, data_files=path)
+        else:
+            table = datasets.load_dataset(path, data_dir=data_dir or None)
+    except Exception as e:  # of many types; the library's message names the cause
+        die(f"dataset {name!r}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table and len(table) > 1:
+            die(f"dataset {name!r} has no split {split!r}; it has {', '.join(table)}")
+        table = table[split if split in table else next(iter(table))]
+    return [(f"{name}[{i}]", row) for i, row in enumerate(table)]
+
+
+def load_rows(names, probs, split, max_samples):
+    """Rows of a comma list of datasets, one after another; probs: the share that each gets."""
+    names = [name.strip() for name in names.split(",")]
+    tables = [read_table(name, split)[:max_samples] for name in names]
+    if [] in tables:
+        die(f"dataset {names[tables.index([])]!r}: no rows")
+    sizes = list(map(len, tables))
+    if probs is not None and len(tables) > 1:
+        sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
+        if len(sizes) != len(tables):
+            die(f"--dataset_probs has {len(sizes)} values for {len(tables)} datasets")
+    return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
+
+
+def find_keys(rows, given, flags, layouts):
+    """The columns to read: those that flags name (None: not given), else the first layout that row 1 fits."""
+    where, row = rows[0]
+    for key, flag in zip(given, flags, strict=True):
+        if key and key not in row:
+            die(f"{where}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
+    fits = [given] if any(given) else [keys for keys in layouts if {*keys} - {None} <= {*row}]
+    return fits[0] if fits else die(f"{where}: columns {', '.join(row)}: which? use: {' '.join(flags)}")
+
+
+# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether
+# EOS may follow, whether the tokenizer's BOS belongs in front. A ValueError says why a row cannot be used.
+
+
+def load_tokenizer(path, args):
+    """(tokenizer, ids that end a turn) of a model."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
+        die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form'}")
+    if args.tokenizer_chat_template:
+        template = args.tokenizer_chat_template
+        tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
+    try:
+        stops = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the model has no generation_config.json
+        stops = None
+    return tokenizer, {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+
+
+def as_messages(value, role):
+    """value as [{"role", "content"}]: text (said by role), such a list, or a list of {"from", "value"}."""
+    roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    messages = []
+    for turn in value if isinstance(value, list) else [None]:
+        turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
+        name, content = turn.pop("role", turn.pop("from", None)), turn.pop("content", turn.pop("value", None))
+        if not isinstance(name, str) or not isinstance(content, str):
+            raise ValueError("messages without role and text")
+        messages.append({"role": roles.get(name, name), "content": content, **turn})
+    return messages
+
+
+def chat_text(tokenizer, messages, multiturn):
+    """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
+
+    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be asked
+    for. Templates with {% generation %} marks say themselves what the assistant writes.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns or turns[0] == 0:
+        raise ValueError("no assistant turn after a prompt")
+    messages = messages[: turns[-1] + 1]
+    full = tokenizer.apply_chat_template(messages, tokenize=False)
+    if "% generation" in tokenizer.chat_template.replace("%-", "%"):
+        options = {"chat_template": tokenizer.chat_template, "return_assistant_tokens_mask": True}
+        options |= tokenizer.special_tokens_map
+        marks = transformers.utils.chat_template_utils.render_jinja_template([messages], **options)[1][0]
+        return full, marks if multiturn else marks[-1:], True, False
+    spans = []
+    for i in turns if multiturn else turns[-1:]:
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        spans.append([len(os.path.commonprefix([part, full])) for part in (before, until)])
+    borders = [border for span in spans for border in span]
+    if borders != sorted(set(borders)):
+        raise ValueError("the chat template rewrites earlier turns")
+    return full, spans, True, False
+
+
+def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=False):
+    """The rendered text of a prompt and its response, each text or messages (response []: prompt holds both).
+
+    finish_reason marks a row of batch_infer.py: its prompt is text as the model saw it, template and BOS in.
+    """
+    chat = args.apply_chat_template and finish_reason is None
+    if chat or isinstance(prompt, list) or isinstance(response, list):
+        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+        return chat_text(tokenizer, messages, multiturn)
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise ValueError("prompt or response is not text")
+    if args.input_template and finish_reason is None:
+        prompt = args.input_template.replace("{}", prompt)
+    span = [len(prompt), len(prompt) + len(response)]
+    return prompt + response, [span], finish_reason in (None, "stop"), finish_reason is None
+
+
+def label_tokens(rendered, tokenizer, stop_ids, max_len):
+    """(input_ids, trained), int32 and bool arrays [T], of a rendered text.
+
+    The text is tokenised as a whole; a token belongs to a span if it ends inside it. Nothing behind a turn's
+    stop token is trained; a finished response without one gets EOS. Cut at max_len, EOS as well.
+    """
+    text, spans, finished, bos = rendered
+    encoded = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # less the EOS some tokenizers append
+    ids, offsets = encoded["input_ids"][:n], offsets[:n]
+    if n > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
+        ids, offsets = ids[1:], offsets[1:]
+    trained, stops = np.zeros(len(ids), dtype=bool), []
+    for start, end in spans:
+        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+        stops = [j for j in inside if ids[j] in stop_ids]
+        trained[inside[inside <= stops[-1]] if stops else inside] = True
+    if stops:  # what a template writes behind the last stop token (a newline) is no part of the example
+        ids, trained = ids[: stops[-1] + 1], trained[: stops[-1] + 1]
+    elif finished:
+        ids, trained = [*ids, tokenizer.eos_token_id], np.append(trained, True)
+    trained[:1] = False  # nothing predicts the first token
+    if not trained.any():
+        raise ValueError("nothing to train")
+    if trained.argmax() >= max_len:
+        raise ValueError("prompt >= max_len")
+    return np.array(ids[:max_len], dtype=np.int32), trained[:max_len]
+
+
+def make_tree(encodings):
+    """One example: the prompt that its k responses share, stored once, and the responses that hang off it."""
+    limit = min(int(trained.argmax()) for _, trained in encodings)
+    same = np.all([ids[:limit] == encodings[0][0][:limit] for ids, _ in encodings], axis=0)
+    shared = limit if same.all() else int(same.argmin())
+    return {
+        "prompt": encodings[0][0][:shared],  # [P]
+        "responses": [ids[shared:] for ids, _ in encodings],  # k arrays [R]
+        "trained": [trained[shared:] for _, trained in encodings],  # k masks [R]
+    }
+
+
+def tree_length(tree):
+    """Tokens that a forward pass over the example reads (the prompt once)."""
+    return len(tree["prompt"]) + sum(map(len, tree["responses"]))
+
+
+def build_trees(rows, to_texts, tokenizer, stop_ids, args):
+    """(trees, dropped rows as {"row", "reason"}): to_texts(row) gives the k rendered texts of one example.
+
+    Stops when nothing is left, or when more than --max_drop_ratio of the rows cannot be used.
+    """
+    trees, dropped = [], []
+    for where, row in rows:
+        try:
+            encodings = [label_tokens(text, tokenizer, stop_ids, args.max_len) for text in to_texts(row)]
+            trees.append({**make_tree(encodings), "where": where, "row": row})
+        except (ValueError, jinja2.TemplateError) as e:  # the template refuses the conversation
+            dropped.append({"row": where, "reason": str(e).splitlines()[0]})
+    counts = collections.Counter(drop["reason"] for drop in dropped).most_common()
+    summary = f"{len(dropped):,} dropped ({', '.join(f'{n} {reason}' for reason, n in counts) or 'none'})"
+    if not trees or len(dropped) > args.max_drop_ratio * len(rows):
+        limit = f"--max_drop_ratio allows {args.max_drop_ratio:.0%}" if trees else "nothing is left"
+        die(f"{len(rows)} rows, {summary}; {limit}; the first: {dropped[0]['row']}")
+    cut = sum(len(tree["prompt"]) + max(map(len, tree["responses"])) == args.max_len for tree in trees)
+    note(f"data   {len(trees):,} rows kept, {summary} | {cut} reach max_len")
+    return trees, dropped
+
+
+# --- packing, attention, log-probabilities
+
+
+def split_step(lengths, world_size, max_examples, max_tokens=None):
+    """Splits a step's examples (lengths in tokens) over ranks and passes: the longest into the lightest bin.
+
+    Returns bins[rank][i], lists of indices; every rank has as many, its heaviest first. A bin holds at most
+    max_examples, or max_tokens if that is given; it is empty only where examples are fewer than bins.
+    """
+    room = [n / max_tokens if max_tokens else 1 / max_examples for n in lengths]  # shares of a bin
+    n_bins = math.ceil(sum(room) / world_size - 1e-6) * world_size
+    while True:
+        bins, used, load = [[] for _ in range(n_bins)], [0.0] * n_bins, [0] * n_bins
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            fits = [b for b in range(n_bins) if not bins[b] or used[b] + room[i] < 1 + 1e-6]
+            if not fits:
+                break
+            lightest = min(fits, key=load.__getitem__)
+            bins[lightest].append(i)
+            used[lightest], load[lightest] = used[lightest] + room[i], load[lightest] + lengths[i]
+        else:
+            heaviest_first = sorted(range(n_bins), key=lambda b: -load[b])
+            return [[bins[b] for b in heaviest_first[rank::world_size]] for rank in range(world_size)]
+        n_bins += world_size
+
+
+def pack_trees(trees, device):
+    """Lays trees end to end in one row of T tokens, no padding: a prompt, its responses, the next prompt, ...
+
+    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a
+    first response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden
+    state that predicts each trained token (the LAST prompt token predicts the first of EVERY response).
+    targets [N]: that token. owners [N]: the index of its response in the pack.
+    """
+    input_ids, position_ids, spans, positions, targets, owners = [], [], [], [], [], []
+    cursor = 0
+    for tree in trees:
+        start, prompt_end = cursor, cursor + len(tree["prompt"])
+        input_ids.append(tree["prompt"])
+        position_ids.append(np.arange(prompt_end - start))
+        cursor = prompt_end
+        for i, (ids, trained) in enumerate(zip(tree["responses"], tree["trained"], strict=True)):
+            end = cursor + len(ids)
+            predictors = np.r_[prompt_end - 1, cursor : end - 1]
+            input_ids.append(ids)
+            position_ids.append(np.arange(prompt_end - start, prompt_end - start + len(ids)))
+            positions.append(predictors[trained])
+            targets.append(ids[trained])
+            owners.append(np.full(int(trained.sum()), len(spans)))
+            spans.append((cursor, end, start, prompt_end) if i else (start, end, start, start))
+            cursor = end
+
+    def tensor(arrays):
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device, non_blocking=True)
+
+    segments = {"spans": spans}
+    if torch.device(device).type == "cuda":  # for one varlen call: keys are gathered as prefix ++ segment
+        keys = [np.r_[p_start:p_end, q_start:q_end] for q_start, q_end, p_start, p_end in spans]
+        segments["keys"] = tensor(keys)
+        for name, sizes in (("q", [end - start for start, end, _, _ in spans]), ("k", list(map(len, keys)))):
+            segments[f"cu_{name}"] = torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device)
+            segments[f"max_{name}"] = max(sizes)
+    return {
+        "input_ids": tensor(input_ids)[None],  # [1, T]
+        "position_ids": tensor(position_ids)[None],  # [1, T], a response continues at len(prompt)
+        "segments": segments,
+        "positions": tensor(positions),
+        "targets": tensor(targets),
+        "owners": tensor(owners),
+        "trees": trees,
+    }
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+    """Attention that follows the trees of pack_trees, for any Hugging Face model: attn_implementation "tree".
+
+    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees
+    its prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
+    """
+    segments, softcap = options.pop("segments", None), options.pop("softcap", None)
+    window = (options.pop("sliding_window", None) or 0) - 1  # -1: unlimited
+    harmless = ("position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
+    unknown = [name for name, given in options.items() if given is not None and name not in harmless]
+    if unknown or attention_mask is not None or segments is None:
+        die(f"{type(module).__name__} needs {', '.join(unknown) or 'a mask'}, which tree_attention cannot do")
+    if query.is_cuda and query.dtype != torch.float32 and softcap is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
+        k, v = k[segments["keys"]], v[segments["keys"]]
+        sizes = [segments[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
+        out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
+        return out[None], None
+    lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
+    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # spans have no gaps
+    for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
+        if p_end == p_start:
+            first = k, v  # of the segment that begins with the prompt
+        else:
+            k, v = (torch.cat([x[:, :, : p_end - p_start], own], 2) for x, own in zip(first, (k, v)))
+        n_q, n_k, mask = q.shape[2], k.shape[2], None
+        if n_q < n_k or 0 <= window < n_k or softcap is not None:
+            at = torch.arange(n_k, device=q.device)
+            distance = at[n_k - n_q :, None] - at
+            mask = (distance >= 0) & (distance <= (window if window >= 0 else n_k))
+        if softcap is None:
+            causal = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+            outputs.append(F.scaled_dot_product_attention(q, k, v, mask, **causal))
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scaling / softcap)
+            outputs.append(scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v)
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+class LogProbs(nn.Module):
+    """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
+
+    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
+    again in the backward pass: nothing of size tokens x vocabulary exists.
+    """
+
+    CHUNK_BYTES = 2**26  # of one chunk's fp32 logits
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        core = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.parts = [core.base_model, core.get_output_embeddings()]  # in a list: not twice in the state dict
+        config = core.config.get_text_config()
+        self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
+            deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
+
+    def logits(self, weight, bias, hidden):
+        """hidden [C, H] -> fp32 logits [C, V], with the quirks that models apply behind the head."""
+        logits = F.linear(hidden, weight, bias).float()
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def chunk_logps(self, weight, bias, hidden, targets):
+        logits = self.logits(weight, bias, hidden)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+    def hidden(self, pack):
+        """The hidden states that predict the pack's trained tokens, [N, H]."""
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
+        return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
+
+    def in_chunks(self, function, *tensors):
+        """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
+        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
+        rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
+        chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
+        return torch.cat([checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def forward(self, pack):
+        return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
+
+
+# --- the loss
+
+
+def dpo_loss(chosen_logratios, rejected_logratios, beta, loss_type="sigmoid", label_smoothing=0.0):
+    """DPO: Eq. 7 of arXiv:2305.18290, smoothed: Eq. 3 of ericmitchell.ai/cdpo.pdf; IPO: Eq. 17 of 2310.12036.
+
+    robust: arXiv:2403.00409; hinge: arXiv:2309.06657. Inputs [B]: log pi - log ref of the responses, in nats,
+    sums or means over their tokens. Returns loss [B].
+    """
+    h = chosen_logratios - rejected_logratios
+    if loss_type == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    if loss_type == "hinge":
+        return F.relu(1 - beta * h)
+    right, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    if loss_type == "robust":
+        return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * right + label_smoothing * flipped
+
+
+def takes_means(args):
+    """Whether the loss takes a response's mean log-prob per token, in place of the sum."""
+    return args.length_normalized or (args.loss_type == "ipo" and not args.ipo_sum)
+
+
+def token_weights(lengths, ld_alpha, mean):
+    """Weights of the tokens of a pair's responses, [sum(lengths)]; mean: divided by the response's length.
+
+    They are 1, but ld_alpha where only the longer response has tokens left: LD-DPO, arXiv:2409.06411.
+    """
+    weights = [np.where(np.arange(n) < min(lengths), 1.0, ld_alpha) / (n if mean else 1.0) for n in lengths]
+    return np.concatenate(weights).astype(np.float32)
+
+
+def pair_values(per_token_logps, pack, args):
+    """{name: [B]} of the pairs of a pack: the loss, which alone has a gradient, and what is logged."""
+    lengths = [[int(trained.sum()) for trained in tree["trained"]] for tree in pack["trees"]]  # B x 2
+
+    def sums(per_token):  # [N] -> [B, 2], chosen and rejected
+        return torch.stack([part.sum() for part in per_token.split(sum(lengths, []))]).view(-1, 2)
+
+    def tensor(arrays):
+        return torch.from_numpy(np.concatenate(arrays)).to(per_token_logps.device)
+
+    weights = tensor([token_weights(pair, args.ld_alpha, takes_means(args)) for pair in lengths])
+    log_ratios = per_token_logps - tensor([x for tree in pack["trees"] for x in tree["ref_logps"]])  # [N]
+    pair_ratios = sums(weights * log_ratios)
+    loss = dpo_loss(*pair_ratios.unbind(1), args.beta, args.loss_type, args.label_smoothing)
+    log_ratios = log_ratios.detach().clamp(-20, 20)  # one odd token must not hide the rest
+    rewards, logps = args.beta * pair_ratios.detach().double(), sums(per_token_logps)
+    margins, length = rewards[:, 0] - rewards[:, 1], torch.tensor(lengths, device=rewards.device).double()
+    longer = length[:, 0] - length[:, 1]
+    return {
+        "loss": loss,
+        "rewards/chosen": rewards[:, 0],
+        "rewards/rejected": rewards[:, 1],
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).double(),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1],
+        "length/chosen": length[:, 0],
+        "length/rejected": length[:, 1],
+        "kl_ref": sums(log_ratios.exp() * (log_ratios - 1) + 1).mean(1),
+        "margin^2": margins**2,  # moments, which add up over passes and ranks: see length_correlation
+        "longer^2": longer**2,
+        "margin*longer": margins * longer,
+    }
+
+
+# --- files. A folder is complete (manifest.json, written last, has all sha256 sums), absent, or recognised
+
+
+def sha256_all(files):
+    """The sha256 of each file, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest(), files))
+
+
+def fingerprint(names):
+    """Identity of a model or datasets (comma list): sha256 over the contents of the files, or a hub name."""
+    if "," in names:
+        return ",".join(fingerprint(name) for name in names.split(","))
+    path = Path(names.strip().partition("@")[0])
+    if not path.exists():
+        return names
+    is_model = (path / "config.json").exists()
+    patterns = ("model*.safetensors*", "*config.json", "tokenizer*", "*.jinja") if is_model else ("**/*",)
+    files = {p for pattern in patterns for p in path.glob(pattern) if p.is_file()} or {path}
+    return hashlib.sha256("".join(sha256_all(sorted(files))).encode()).hexdigest()
+
+
+def write_atomic(path, text):
+    """Writes beside, syncs, renames: the file has its old or its new content, never half of it."""
+    with open(f"{path}.tmp", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def seal(folder, identity):
+    """Writes manifest.json: what made the folder, and the sha256 of every file in it."""
+    os.sync()
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("lock", "manifest.json"))
+    sums = dict(zip([str(p.relative_to(folder)) for p in files], sha256_all(files), strict=True))
+    write_atomic(folder / "manifest.json", json.dumps({"identity": identity, "files": sums}, indent=1))
+
+
+def intact(folder):
+    """The identity in a folder's manifest if every file is as it was sealed, else None."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        same = sha256_all([folder / name for name in manifest["files"]]) == list(manifest["files"].values())
+        return manifest["identity"] if same else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def publish(partial, target):
+    """Moves a sealed folder into place, its manifest last; after a crash it goes on where it was."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "manifest.json").unlink(missing_ok=True)
+    names = json.loads((partial / "manifest.json").read_text())["files"]
+    for path in target.glob("model*.safetensors*"):  # shards of the model that is replaced
+        if path.name not in names:
+            path.unlink()
+    for name in names:
+        if (partial / name).exists():
+            os.replace(partial / name, target / name)
+    os.sync()
+    os.replace(partial / "manifest.json", target / "manifest.json")
+    shutil.rmtree(partial)
+
+
+def identify(args, inputs, world_size):
+    """What decides the result of a run: flags (before eval_dataset), contents of its inputs, ranks."""
+    flags = dataclasses.asdict(args)
+    names = list(flags)[: list(flags).index("eval_dataset")]
+    free = "pretrain dataset max_drop_ratio ref_pretrain ref_offload cache_dir "  # of these, contents decide
+    free += "teacher_model teacher_offload teacher_cache"
+    flags = {name: flags[name] for name in names if name not in free.split()}
+    contents = {name: fingerprint(path) for name, path in inputs.items()}
+    identity = {"script": Path(__file__).name, **flags, **contents, "world_size": world_size}
+    return json.loads(json.dumps(identity))  # as it will be read back
+
+
+def difference(old, new):
+    """In which keys two identities differ, with both values."""
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in changed)[:300]
+
+
+def checkpoints(args):
+    """(step, folder) of all checkpoints, newest first."""
+    folders = [p for p in Path(args.ckpt_path).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(((int(p.name[5:]), p) for p in folders), reverse=True)
+
+
+def open_run(args, identity):
+    """What to do with --save_path, on rank 0: ("done", the step to resume from, or 0; the run's lock)."""
+    target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
+    if (partial / "manifest.json").exists():  # the run had finished, and was killed while it moved into place
+        publish(partial, target)
+    if (target / "config.json").exists():
+        old, in_place = intact(target) or {}, target.resolve() == Path(args.pretrain).resolve()
+        if in_place and old:  # the model has replaced its own start weights
+            old["weights"] = identity["weights"]
+        if old == identity:
+            note(f"done   {target} is complete and made by this command: nothing to do")
+            return "done", None
+        if not in_place:
+            die(f"--save_path {target} holds another model: {difference(old, identity)}. Choose another")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = open(partial / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        die(f"--save_path {target}: another process is writing there")
+    for step, folder in checkpoints(args):
+        old = intact(folder)
+        if old == identity:
+            note(f"resume {folder}")
+            return step, lock
+        if old:
+            die(f"{folder} is of another run: {difference(old, identity)}. Undo that, or remove it")
+        note(f"notice {folder} is damaged or half written: the one before it is used")
+    return 0, lock
+
+
+def save_checkpoint(engine, args, step, identity):
+    """All that decides a run's future, in <ckpt_path>/step_N. Randomness is seeded by step: see main."""
+    partial = Path(args.ckpt_path) / f"step_{step}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
+    if dist.get_rank() == 0:
+        seal(partial, identity)
+        shutil.rmtree(partial.with_suffix(""), ignore_errors=True)  # a damaged one
+        os.replace(partial, partial.with_suffix(""))
+        os.sync()
+        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+            shutil.rmtree(folder)
+    dist.barrier()
+
+
+def full_weights(engine, args):
+    """State dict of the whole model, gathered on rank 0 ({} elsewhere), LoRA merged into it."""
+    zero3 = args.zero_stage == 3
+    weights = engine._zero3_consolidated_16bit_state_dict() if zero3 else engine.module.state_dict()
+    merged = {}
+    for name, value in weights.items() if dist.get_rank() == 0 else ():
+        if name.endswith(".base_layer.weight"):
+            stem = name.removesuffix(".base_layer.weight")
+            a, b = (weights[f"{stem}.lora_{x}.default.weight"].float() for x in "AB")
+            value = (value.float() + args.lora_alpha / args.lora_rank * b @ a).to(value.dtype)
+        if ".lora_" not in name:
+            name = name.replace(".base_layer.", ".").removeprefix("model.")
+            merged[name.removeprefix("base_model.model.")] = value
+    return merged
+
+
+def save_model(engine, tokenizer, args, identity, dropped):
+    """The trained model as a Hugging Face folder at --save_path: complete with its manifest, or not there."""
+    weights = full_weights(engine, args)
+    if dist.get_rank() == 0:
+        partial = Path(f"{args.save_path}.partial")
+        model = engine.module.model.get_base_model() if args.lora_rank else engine.module.model
+        model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
+        tokenizer.save_pretrained(partial)
+        flags = {k: v for k, v in dataclasses.asdict(args).items() if k != "use_wandb"}  # it may be a secret
+        write_atomic(partial / "args.json", json.dumps(flags, indent=1))
+        write_atomic(partial / "dropped.jsonl", "".join(json.dumps(drop) + "\n" for drop in dropped))
+        seal(partial, identity)
+        publish(partial, Path(args.save_path))
+        if intact(Path(args.save_path)):
+            for _, folder in checkpoints(args):
+                shutil.rmtree(folder)
+            shutil.rmtree(f"{args.save_path}.ckpt", ignore_errors=True)
+    dist.barrier()
+
+
+def open_log(args, start_step):
+    """A function (step, metrics) that appends to metrics.jsonl, less what it has after start_step."""
+    path, tracker = Path(f"{args.save_path}.partial/metrics.jsonl"), None
+    lines = path.read_text().split("\n")[:-1] if start_step and path.exists() else []
+    write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
+    if args.use_wandb and args.use_wandb != "{wandb_token}":
+        try:
+            import wandb
+
+            os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+            tracker = wandb.init()
+        except ImportError:
+            note("notice wandb is not installed (pip install wandb): metrics are in metrics.jsonl only")
+
+    def log(step, metrics):
+        with open(path, "a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        if tracker:
+            tracker.log(metrics, step=step)
+
+    return log
+
+
+# --- training
+
+
+def setup(args):
+    """Checks flags, finds (rank, world_size, device), quiets libraries; there is no process group yet."""
+    launch = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": max(args.local_rank, 0), "MASTER_ADDR": "127.0.0.1"}
+    for name, default in {**launch, "MASTER_PORT": 0}.items():
+        os.environ.setdefault(name, str(default))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in "train_batch_size micro_train_batch_size max_len max_epochs max_ckpt_num".split():
+        if getattr(args, name) < 1:
+            die(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.zero_stage not in range(4) or not args.dataset:
+        die(f"--zero_stage must be 0 to 3, not {args.zero_stage}" if args.dataset else "--dataset is missing")
+    if args.load_checkpoint:
+        note("notice --load_checkpoint: resuming is automatic")
+    if args.input_template is not None:
+        args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
+        if "{}" not in args.input_template:
+            note(f"notice --input_template {args.input_template!r} has no {{}}: prompts are used as they are")
+            args.input_template = None
+    args.save_path = args.save_path.rstrip("/")
+    args.ckpt_path = args.ckpt_path or f"{args.save_path}.ckpt"
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        sizes = [os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")]
+        local_size = next(filter(None, sizes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    else:
+        torch.cuda.set_device(device)
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
+
+
+def connect(device):
+    """Joins the process group."""
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
+    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=False)
+
+
+def deepspeed_config(args, hidden_size):
+    """ZeRO; gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
+    zero = {"stage": max(1, args.zero_stage), "reduce_bucket_size": 50_000_000, "overlap_comm": False}
+    if args.zero_stage == 3:  # only vectors stay whole on every rank
+        zero |= {"stage3_param_persistence_threshold": hidden_size, "stage3_prefetch_bucket_size": 50_000_000}
+    if args.adam_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": args.max_norm,
+        "bf16": {"enabled": args.bf16},
+        "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def load_model(path, args):
+    """The causal LM with tree attention, every weight from the checkpoint, dropout off."""
+    transformers.AttentionInterface.register("tree", tree_attention)
+    options = {"attn_implementation": "tree", "dtype": torch.bfloat16 if args.bf16 else torch.float32}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
+    if info["missing_keys"]:
+        die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def start_engine(args, wrapper):
+    """The model, wrapped in LogProbs or a class like it, and its optimiser under DeepSpeed: engine(pack)."""
+    config = transformers.AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
+    config = deepspeed_config(args, config.get_text_config().hidden_size)
+    # alive while the model loads: ZeRO-3 then never holds the whole model on one rank
+    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
+    torch.manual_seed(args.seed)
+    model = load_model(args.pretrain, args)
+    del partition_at_load
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora))
+        model.enable_input_require_grads()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    matrices, vectors = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            (matrices if len(getattr(p, "ds_shape", p.shape)) > 1 else vectors).append(p)
+    groups = [{"params": matrices, "weight_decay": args.l2}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
+    return deepspeed.initialize(model=wrapper(model), optimizer=optimizer, config=config)[0]
+
+
+@torch.no_grad()
+def check_attention(engine, args):
+    """Stops unless a tree's log-probs equal those of the model's own eager attention on each branch alone."""
+    model = engine.module.model.get_base_model() if args.lora_rank else engine.module.model
+    ids = (np.arange(40, dtype=np.int32) * 7919 + 11) % model.config.get_text_config().vocab_size
+    prompt, branches = ids[:16], [ids[16:27], ids[27:]]
+    tree = {"prompt": prompt, "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
+    engine.eval()
+    found, worst = engine.module(pack_trees([tree], engine.device)).split(list(map(len, branches))), 0.0
+    model.set_attn_implementation("eager")
+    for branch, logps in zip(branches, found, strict=True):
+        row = torch.from_numpy(np.r_[prompt, branch]).long().to(engine.device)
+        alone = model(input_ids=row[None], use_cache=False).logits[0, 15:-1].float().log_softmax(-1)
+        worst = max(worst, (alone.gather(1, row[16:, None])[:, 0] - logps).abs().mean().item())
+    model.set_attn_implementation("tree")
+    engine.train()
+    if not worst < (0.05 if args.bf16 else 1e-4):
+        die(f"{type(model).__name__} is not supported: tree attention is off by {worst:.2g} nats per token")
+
+
+def frozen_model(path, args, device, offload, wrapper=LogProbs):
+    """The model in the wrapper, for forward passes only: whole on each rank, under ZeRO-3 sharded over them.
+
+    offload: the shards stay in CPU memory.
+    """
+    if args.zero_stage < 3:
+        return wrapper(load_model(path, args)).to(device).eval()
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    config = deepspeed_config(args, config.get_text_config().hidden_size)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    if offload:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    partition_at_load = transformers.integrations.HfDeepSpeedConfig(config)
+    model = load_model(path, args)
+    del partition_at_load
+    engine = deepspeed.initialize(model=wrapper(model), config=config)[0]
+    engine.eval()
+    return engine
+
+
+@torch.no_grad()
+def forward_logps(model, trees, args, device):
+    """Per-token log-probs of all responses of all trees, end to end [N]: split over ranks, known to all."""
+    rank, world_size, started, parts = dist.get_rank(), dist.get_world_size(), time.time(), []
+    most = 4 * args.micro_train_batch_size  # without a gradient, more fits
+    size = 8 * most * world_size
+    for begin in range(0, len(trees), size):
+        batch = trees[begin : begin + size]
+        lengths = [sum(int(trained.sum()) for trained in tree["trained"]) for tree in batch]
+        flat = torch.zeros(sum(lengths), device=device)
+        for bin in split_step(list(map(tree_length, batch)), world_size, most)[rank]:
+            members = bin or [0]  # an empty bin runs a dummy, as every forward may be a collective
+            logps = model(pack_trees([batch[j] for j in members], device))
+            for j, values in zip(bin, logps.split([lengths[j] for j in members]), strict=False):
+                flat.split(lengths)[j].copy_(values)
+        dist.all_reduce(flat)
+        parts.append(flat)
+        note(f"reference: {begin + len(batch):,} of {len(trees):,} in {time.time() - started:.0f} s")
+    return torch.cat(parts)
+
+
+def reference_logps(trees, path, weights, args, device):
+    """Gives each tree "ref_logps", per-token log-probs of its k responses under the model at path: k arrays.
+
+    Computed once and kept in --cache_dir under a hash of what decides them: token ids, trained masks, the
+    weights' fingerprint (needed on rank 0), dtype. Nothing else: another learning rate or beta reuses them.
+    """
+    lengths = [int(trained.sum()) for tree in trees for trained in tree["trained"]]
+    flat, hit = torch.zeros(sum(lengths), device=device), [False]
+    if dist.get_rank() == 0:
+        key = hashlib.sha256(f"version 1, {weights}, {'bf16' if args.bf16 else 'fp32'}".encode())
+        for tree in trees:
+            for array in (tree["prompt"], *tree["responses"], *tree["trained"]):
+                key.update(len(array).to_bytes(8, "little") + array.tobytes())
+        file = Path(args.cache_dir).expanduser() / f"{key.hexdigest()}.logps"  # a sha256 and fp32 values
+        data = file.read_bytes() if file.exists() else b""
+        hit = [len(data) == 32 + 4 * len(flat) and hashlib.sha256(data[32:]).digest() == data[:32]]
+        if hit[0]:
+            flat.copy_(torch.frombuffer(bytearray(data[32:]), dtype=torch.float32))
+            note(f"reference: cached in {file}")
+    dist.broadcast_object_list(hit)
+    if hit[0]:
+        dist.broadcast(flat, 0)
+    else:
+        flat = forward_logps(frozen_model(path, args, device, args.ref_offload), trees, args, device)
+    flat = flat.cpu().numpy()
+    if not hit[0] and dist.get_rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")  # beside: another run may write the same
+        part.write_bytes(hashlib.sha256(flat.tobytes()).digest() + flat.tobytes())
+        os.replace(part, file)
+    arrays = iter(np.split(flat, np.cumsum(lengths)[:-1]))
+    for tree in trees:
+        tree["ref_logps"] = [next(arrays) for _ in tree["responses"]]
+
+
+def epoch_order(trees, seed, epoch):
+    """A random order of the examples, in which those of each label (kto.py has two) are spread evenly."""
+    rng, labels = np.random.default_rng([seed, epoch]), np.array([tree.get("label", 0) for tree in trees])
+    place = np.empty(len(trees))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.argsort(place)
+
+
+def learning_rate(args, step, total_steps):
+    """Learning rate of step 1 .. total_steps: linear warm-up that ends at the peak, then the schedule."""
+    warmup = math.ceil(args.lr_warmup_ratio * total_steps)
+    if step <= warmup:
+        return args.learning_rate * step / warmup
+    progress = (step - warmup - 1) / max(1, total_steps - warmup)  # 0 at the first step behind the warm-up
+    if args.lr_scheduler == "linear":
+        return args.learning_rate * (1 - progress)
+    if args.lr_scheduler.startswith("cosine"):
+        floor = args.min_lr_ratio if args.lr_scheduler == "cosine_with_min_lr" else 0.0
+        return args.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return args.learning_rate
+
+
+def run_batch(engine, trees, loss_fn, args, train):
+    """Forward (and backward) over the examples of one optimiser step, split over ranks and forward passes.
+
+    loss_fn(engine(pack), pack) -> (loss, {name: share}): both divided by the size of the whole batch, so that
+    they simply add up. Returns {name: mean over the batch}, the same on all ranks.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    most = max(len(tree["responses"]) for tree in trees)
+    budget = args.micro_train_batch_size * args.max_len * most if args.packing_samples else None
+    bins = split_step(list(map(tree_length, trees)), world_size, args.micro_train_batch_size, budget)[rank]
+    total = 0
+    for i, bin in enumerate(bins):
+        # fewer examples than ranks: a dummy that counts nothing, as every forward is a collective
+        weight, members = (1.0, [trees[j] for j in bin]) if bin else (0.0, [min(trees, key=tree_length)])
+        pack = pack_trees(members, engine.device)
+        engine.set_gradient_accumulation_boundary(i == len(bins) - 1)
+        with torch.set_grad_enabled(train):
+            loss, shares = loss_fn(engine(pack), pack)
+        if train:
+            engine.backward(loss * weight * world_size)  # DeepSpeed takes the mean over ranks
+        total = total + weight * torch.stack([value.detach().double() for value in shares.values()])
+    dist.all_reduce(total)
+    return dict(zip(shares, total.tolist(), strict=True))
+
+
+def evaluate(engine, trees, make_loss, size, args):
+    """Means of the loss's metrics over held-out examples, as eval/...; size(trees): the weight of a batch."""
+    engine.eval()
+    means = collections.Counter()
+    for begin in range(0, len(trees), args.train_batch_size):
+        batch = trees[begin : begin + args.train_batch_size]
+        for name, value in run_batch(engine, batch, make_loss(batch), args, train=False).items():
+            means[f"eval/{name}"] += value * size(batch) / size(trees)
+    engine.train()
+    return dict(means)
+
+
+def console_line(step, total_steps, metrics, seconds_left):
+    """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
+    short = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
+    short |= {"grad_norm": "grad", **{f"eval/{name}": f"eval {label}" for name, label in short.items()}}
+    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in short.items() if name in metrics]
+    if "lr" in metrics:
+        parts += [f"lr {metrics['lr']:.1e}", f"{metrics['tokens_per_sec']:,.0f} tok/s"]
+        eta = datetime.timedelta(seconds=int(seconds_left))
+        parts += [f"{metrics['peak_mem_gib']:.1f} GiB", f"eta {eta}"]
+    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+
+
+def show_sample(tokenizer, tree):
+    """One example as text, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
+    pieces, before = [tokenizer.decode(tree["prompt"])[-60:]], False
+    for token, trained in zip(tree["responses"][0][:50], tree["trained"][0], strict=False):
+        pieces += ["[" if trained > before else "]" if before > trained else "", tokenizer.decode(token)]
+        before = trained
+    end = " ..." if len(tree["responses"][0]) > 50 else "]" if before else ""
+    note(f"sample {(''.join(pieces) + end)!r}   <- [..] is trained")
+
+
+def check_loss(args):
+    """Flags of the loss: old names, ranges, and which of two usual forms is computed."""
+    args.loss_type = "ipo" if args.ipo else args.loss_type
+    if not 0 <= args.label_smoothing < 0.5 or (args.label_smoothing and args.loss_type in ("ipo", "hinge")):
+        die(f"--label_smoothing {args.label_smoothing}: 0 to 0.5, with --loss_type sigmoid or robust")
+    if args.beta <= 0 or not 0 <= args.ld_alpha <= 1:
+        die("--beta must be above 0" if args.beta <= 0 else f"--ld_alpha {args.ld_alpha}: 0 to 1")
+    if args.loss_type == "ipo":
+        form = "means per token (--ipo_sum: sums)" if takes_means(args) else "summed log-probs"
+        note(f"loss   IPO with {form}, tau = --beta = {args.beta}")
+    if args.ref_offload and args.zero_stage < 3:
+        note("notice --ref_offload matters with --zero_stage 3 only: no reference stays beside the policy")
+
+
+def hh_messages(text):
+    """Text of the form "\\n\\nHuman: ...\\n\\nAssistant: ..." as messages."""
+    parts = [part.split("\n\nAssistant:") for part in text.split("\n\nHuman:")[1:]]
+    turns = [("assistant" if i else "user", said.strip()) for part in parts for i, said in enumerate(part)]
+    return [{"role": role, "content": said} for role, said in turns]
+
+
+def pair_texts(row, tokenizer, keys, args):
+    """The rendered texts of a row's two responses; keys: columns of prompt (or None), chosen, rejected."""
+    prompt, *pair = (row.get(key) if key else None for key in keys)
+    if keys[0] is None and all(isinstance(text, str) for text in pair):  # Anthropic/hh-rlhf
+        if args.apply_chat_template:
+            pair = list(map(hh_messages, pair))
+        else:
+            parts = [text.rpartition("\n\nAssistant:") for text in pair]
+            if not parts[0][1] or parts[0][0] != parts[1][0]:
+                raise ValueError(r"no prompt column, and no shared text up to the last '\n\nAssistant:'")
+            prompt, pair = "".join(parts[0][:2]), [part[2] for part in parts]
+    if keys[0] == "question" and row.get("system"):  # Intel/orca_dpo_pairs
+        messages = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
+        prompt = messages if args.apply_chat_template else f"{row['system']}\n\n{prompt}"
+    if isinstance(pair[0], list):
+        pair = [as_messages(turns, "assistant") for turns in pair]
+        if not all(pair):
+            raise ValueError("no messages")
+        if pair[0][0]["role"] != "assistant":  # whole conversations, which hold any prompt column too
+            last = min(map(len, pair)) - 1
+            n = next((i for i in range(last) if pair[0][i] != pair[1][i]), last)
+            prompt, pair = pair[0][:n], [turns[n:] for turns in pair]
+    chosen = pair[0][-1]["content"] if isinstance(pair[0], list) else pair[0]
+    if isinstance(chosen, str) and not chosen.strip():
+        raise ValueError("empty chosen response")
+    texts = []
+    for name, response in zip(("chosen", "rejected"), pair):
+        several = isinstance(response, list) and len(response) > 1  # such as calls of tools: all of its turns
+        reason = row.get(f"{name}_finish_reason")
+        text, spans, *rest = render(tokenizer, prompt, response, args, reason, several)
+        known = sum(turn["role"] == "assistant" for turn in as_messages(prompt, "user")) if several else 0
+        texts.append((text, spans[known:], *rest))
+    return texts
+
+
+def length_correlation(metrics, prefix):
+    """Replaces the moments of the margin m and of the length difference d in metrics by their correlation."""
+    mm, dd, md = (metrics.pop(prefix + name) for name in ("margin^2", "longer^2", "margin*longer"))
+    m = metrics[prefix + "rewards/margins"]
+    d = metrics[prefix + "length/chosen"] - metrics[prefix + "length/rejected"]
+    spread = math.sqrt(max(0.0, mm - m * m) * max(0.0, dd - d * d))
+    metrics[prefix + "margin_length_corr"] = (md - m * d) / spread if spread > 1e-9 else 0.0
+
+
+def check_first_step(metrics, args):
+    """Stops unless the first loss is that of h = 0 (ln 2 for sigmoid), but for rounding of the log-probs.
+
+    Allowed are errors of 0.1 nats per token in bf16, 2e-6 in fp32, that add up at random over a pair's tokens.
+    """
+    tokens = metrics["length/chosen"] + metrics["length/rejected"]
+    error = (0.1 if args.bf16 else 2e-6) * math.sqrt(tokens) / (tokens / 2 if takes_means(args) else 1)
+    h = torch.tensor([0.0, -error, error], dtype=torch.float64)
+    known, worse, better = dpo_loss(h, 0 * h, args.beta, args.loss_type, args.label_smoothing).tolist()
+    found = metrics["loss"] - args.nll_loss_coef * metrics.get("nll", 0.0)
+    if abs(found - known) > abs(worse - better) + 1e-6 * (1 + known):
+        die(f"step 1: the policy is the reference, so the loss must be {known:.7f}, but is {found:.7f}")
+
+
+def main(args):
+    rank, world_size, device = setup(args)
+    started = time.time()
+    tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
+
+    # --- algorithm: dpo (rows)
+    check_loss(args)
+
+    def to_trees(names, probs, split):
+        rows = load_rows(names, probs, split, args.max_samples)
+        given = (args.prompt_key, args.chosen_key, args.rejected_key)
+        layouts = [(prompt, *given[1:]) for prompt in ("prompt", "question", "instruction", "input", None)]
+        flags = ("--prompt_key", "--chosen_key", "--rejected_key")
+        keys = find_keys(rows, given if args.prompt_key else (None, None, None), flags, layouts)
+        texts = functools.partial(pair_texts, tokenizer=tokenizer, keys=keys, args=args)
+        trees, dropped = build_trees(rows, texts, tokenizer, stop_ids, args)
+        same = [tree["where"] for tree in trees if np.array_equal(*tree["responses"])]
+        if len(same) == len(trees):
+            die(f"dataset {names!r}: chosen and rejected are the same in every pair")
+        if same:
+            note(f"notice {len(same):,} pairs dropped: chosen and rejected are the same, up to --max_len")
+        dropped += [{"row": where, "reason": "chosen == rejected"} for where in same]
+        return [tree for tree in trees if not np.array_equal(*tree["responses"])], dropped
+
+    inputs = {"data": args.dataset, "weights": args.pretrain}
+    if args.ref_pretrain:
+        inputs["reference"] = args.ref_pretrain
+    # --- end algorithm
+    trees, dropped = to_trees(args.dataset, args.dataset_probs, args.dataset_split)
+    eval_trees = to_trees(args.eval_dataset, None, args.eval_split)[0] if args.eval_dataset else []
+    steps_per_epoch = math.ceil(len(trees) / args.train_batch_size)
+    total_steps = steps_per_epoch * args.max_epochs
+    if len(trees) < args.train_batch_size:
+        note(f"notice {len(trees)} examples for --train_batch_size {args.train_batch_size}: one smaller step")
+
+    def batch_of(step):
+        epoch, index = divmod(step - 1, steps_per_epoch)
+        order, first = epoch_order(trees, args.seed, epoch), index * args.train_batch_size
+        return [trees[i] for i in order[first : first + args.train_batch_size]]
+
+    identity, state, lock = None, [None], None
+    if rank == 0:  # hashing may take long: before the process group, whose collectives time out
+        identity = identify(args, inputs, world_size)
+        state[0], lock = open_run(args, identity)
+    connect(device)
+    dist.broadcast_object_list(state)
+    if state[0] == "done":
+        return
+    start_step = state[0]
+
+    # --- algorithm: dpo (model)
+    reference = identity and identity.get("reference", identity["weights"])
+    reference_logps(trees + eval_trees, args.ref_pretrain or args.pretrain, reference, args, device)
+    engine = start_engine(args, LogProbs)
+    # --- end algorithm
+    check_attention(engine, args)
+    if start_step:
+        engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step}")
+    log = open_log(args, start_step) if rank == 0 else None
+
+    # --- algorithm: dpo (step)
+    def size(batch):
+        return len(batch)
+
+    def make_loss(batch):
+        n_chosen = sum(int(tree["trained"][0].sum()) for tree in batch)
+
+        def loss_fn(per_token_logps, pack):
+            shares = {k: v.sum() / len(batch) for k, v in pair_values(per_token_logps, pack, args).items()}
+            if args.nll_loss_coef:
+                shares["nll"] = -shares["logps/chosen"] * len(batch) / n_chosen
+                shares["loss"] = shares["loss"] + args.nll_loss_coef * shares["nll"]
+            return shares["loss"], shares
+
+        return loss_fn
+
+    # --- end algorithm
+    n_tokens = sum(map(tree_length, trees))
+    n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()) / 1e6
+    model_name = f"{Path(args.pretrain).name} {n_parameters:,.1f}M {'bf16' if args.bf16 else 'fp32'}"
+    note(f"{Path(__file__).stem:<6} {model_name} | ZeRO-{args.zero_stage} | {world_size} x {device[:4]}")
+    n_trained = sum(int(trained.sum()) for tree in trees for trained in tree["trained"])
+    epochs = f"{total_steps} steps | {n_tokens * args.max_epochs / 1e6:.2f}M tokens"
+    note(f"batch  {args.train_batch_size} examples/step | {epochs}, {n_trained / n_tokens:.0%} trained")
+    show_sample(tokenizer, trees[0])
+    for step in range(start_step, total_steps + 1):
+        metrics, tick = {}, time.time()
+        if step > start_step:
+            batch = batch_of(step)
+            torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
+            for group in engine.optimizer.param_groups:
+                group["lr"] = learning_rate(args, step, total_steps)
+            metrics = run_batch(engine, batch, make_loss(batch), args, train=True)
+            engine.step()
+            metrics["grad_norm"] = float(engine.get_global_grad_norm())
+            if not all(map(math.isfinite, metrics.values())):
+                die(f"step {step}: not finite: {metrics}; rows {', '.join(t['where'] for t in batch)}"[:1000])
+            seconds = time.time() - tick
+            metrics["lr"] = learning_rate(args, step, total_steps)
+            metrics["epoch"] = step / steps_per_epoch
+            metrics["tokens_per_sec"] = sum(map(tree_length, batch)) / seconds
+            metrics["samples_per_sec"] = len(batch) / seconds
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            metrics["peak_mem_gib"] = (peak if device == "cpu" else torch.cuda.max_memory_allocated()) / 2**30
+        evaluates = step % args.eval_steps == 0 if args.eval_steps > 0 else step % steps_per_epoch == 0
+        if eval_trees and evaluates and (metrics or step == 0):
+            metrics |= evaluate(engine, eval_trees, make_loss, size, args)
+        # --- algorithm: dpo (metrics)
+        for prefix in ("", "eval/"):
+            if f"{prefix}loss" in metrics:
+                length_correlation(metrics, prefix)
+        if step > start_step:
+            metrics["tokens"], shared = (
+                sum(map(tree_length, batch)),
+                sum(len(tree["prompt"]) for tree in batch),
+            )
+            metrics["shared_prompt"] = shared / (metrics["tokens"] + shared)
+        if step == 1 > start_step and not args.ref_pretrain:
+            check_first_step(metrics, args)
+        # --- end algorithm
+        if rank == 0 and metrics and (step % args.logging_steps == 0 or step == total_steps or evaluates):
+            log(step, metrics)
+            left = (total_steps - step) * (time.time() - started) / max(1, step - start_step)
+            note(console_line(step, total_steps, metrics, left))
+        if args.save_steps > 0 and step % args.save_steps == 0 and start_step < step < total_steps:
+            save_checkpoint(engine, args, step, identity)
+
+    save_model(engine, tokenizer, args, identity, dropped)
+    took = datetime.timedelta(seconds=int(time.time() - started))
+    note(f"saved  {args.save_path}  ({total_steps} steps, {took})")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
+    sys.stdout.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os._exit(0)  # skips exit handlers: in some finished DeepSpeed runs they abort
