@@ -219,9 +219,10 @@ def load_rows(names, probs, split, max_samples):
         die(f"dataset {names[tables.index([])]!r}: no rows")
     sizes = list(map(len, tables))
     if probs is not None and len(tables) > 1:
-        sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
-        if len(sizes) != len(tables):
-            die(f"--dataset_probs has {len(sizes)} values for {len(tables)} datasets")
+        shares = probs.split(",")
+        if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdigit() for p in shares):
+            die(f"--dataset_probs {probs}: not one number for each of {len(tables)} datasets")
+        sizes = [round(float(p) * sum(sizes)) for p in shares]
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
 
@@ -288,14 +289,16 @@ def chat_text(tokenizer, messages, multiturn):
         options |= tokenizer.special_tokens_map
         marks = transformers.utils.chat_template_utils.render_jinja_template([messages], **options)[1][0]
         return full, marks if multiturn else marks[-1:], True, False
-    spans = []
-    for i in turns if multiturn else turns[-1:]:
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        spans.append([len(os.path.commonprefix([part, full])) for part in (before, until)])
-    borders = [border for span in spans for border in span]
-    if borders != sorted(set(borders)):
-        raise ValueError("the chat template rewrites earlier turns")
+
+    def borders(n):
+        """Where the answer to the first n turns begins, and where the n-th turn ends."""
+        options = {"conversation": messages[:n], "tokenize": False}
+        texts = [tokenizer.apply_chat_template(**options, add_generation_prompt=x) for x in (True, False)]
+        if not full.startswith(os.path.commonprefix(texts)):
+            raise ValueError("the chat template rewrites earlier turns")
+        return [len(os.path.commonprefix([text, full])) for text in texts]
+
+    spans = [[borders(i)[0], borders(i + 1)[1]] for i in (turns if multiturn else turns[-1:])]
     return full, spans, True, False
 
 
@@ -331,7 +334,7 @@ def label_tokens(rendered, tokenizer, stop_ids, max_len):
         ids, offsets = ids[1:], offsets[1:]
     trained, stops = np.zeros(len(ids), dtype=bool), []
     for start, end in spans:
-        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 1] <= end))
         stops = [j for j in inside if ids[j] in stop_ids]
         trained[inside[inside <= stops[-1]] if stops else inside] = True
     if stops:  # what a template writes behind the last stop token (a newline) is no part of the example
@@ -760,7 +763,7 @@ class Progress:
         rate = (self.done - self.earlier) / seconds
         left = datetime.timedelta(seconds=int((self.total - self.done) / rate))
         speed = f"{rate:,.1f} {self.unit}/s  {self.tokens / seconds:,.0f} tok/s"
-        note(f"done   {self.done:,}/{self.total:,} {self.unit}  {speed}  eta {left}")
+        note(f"infer  {self.done:>7,}/{self.total:,}  {speed}  eta {left}")
 
 
 # --- sampling
@@ -1114,9 +1117,11 @@ def finish(args, rows, identity, key, started):
     """Writes the outputs and, last, what made them; then the parts go. key: column of the prompt."""
     meta = Path(f"{args.output_path}.meta.json")
     best = best_samples(rows, key) if args.post_processor else rows
-    summary = {"rows": len(rows), "selected": len(best)}
     ends = [row["finish_reason"] == "stop" for row in rows if row.get("finish_reason")]
-    numbers = {"finished": ends, "reward_mean": rewards_of(rows), "selected_reward_mean": rewards_of(best)}
+    numbers = {"finished": ends, "reward_mean": rewards_of(rows)}
+    summary = {"rows": len(rows)}
+    if best is not rows:
+        summary["selected"], numbers["selected_reward_mean"] = len(best), rewards_of(best)
     summary |= {name: float(np.mean(values)) for name, values in numbers.items() if values}
     meta.unlink(missing_ok=True)
     for path, result in zip(outputs(args), (best, rows), strict=False):
@@ -1152,7 +1157,7 @@ def main(args):
     parts = Parts(args, earlier, rank)
     kind, devices = "CPU" if device == "cpu" else "GPU", max(world_size, args.tp_size)
     dtype = "bf16" if args.bf16 else "fp32"
-    note(f"{args.eval_task:6} {Path(args.pretrain).name} {dtype} | {devices} x {kind}")
+    note(f"model  {Path(args.pretrain).name} {dtype} | {args.eval_task} | {devices} x {kind}")
     if args.eval_task == "rm":
         score(trees, parts, args, rank, world_size, device)
     elif args.eval_task == "generate":

@@ -20,7 +20,7 @@ set -euo pipefail
 : "${REF:=}"                # ... or init (POLICY_MODEL_PATH, the default) or prev (the policy of the iteration)
 : "${TRAINING_ITERS:=3}"
 : "${ROLLOUT_BATCH_SIZE:=2048}" # prompts per iteration: the next slice each time, wrapping around
-: "${BEST_OF_N:=4}"         # samples per prompt
+: "${BEST_OF_N:=4}"             # samples per prompt
 : "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
 : "${RM_FLAGS:=}"           # more flags for batch_infer.py when it scores
 : "${TRAIN_FLAGS:=}"        # more flags for the trainer
@@ -95,8 +95,10 @@ split TRAIN_FLAGS "$trainer" && train_flags=("${words[@]}")
 ranks=(python)
 ((NUM_GPUS == 1)) || ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
 for tool in python flock "${ranks[0]}"; do command -v "$tool" >/dev/null || die "$tool is not on PATH"; done
-task=generate_vllm
+task=generate_vllm generate=(python) # one process with --tp_size; without vLLM: Hugging Face on all ranks
 python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || task=generate
+[[ ! " ${generate_flags[*]} " =~ .*--eval_task[=\ ]([a-z_]+) ]] || task=${BASH_REMATCH[1]}
+[[ $task != generate ]] || generate=("${ranks[@]}")
 
 if ((!DRY_RUN)); then # one run per OUT. Stages inherit the lock: one that outlives us keeps it
   mkdir -p "$OUT" 2>/dev/null && [[ -w $OUT ]] || die "OUT=$OUT cannot be written"
@@ -165,9 +167,9 @@ publish() { # publish TARGET LINK: LINK, when set, shows TARGET; a folder become
 policy=$POLICY_MODEL_PATH
 for ((k = 0; k <= TRAINING_ITERS; k++)); do
   dir=$OUT/iter_$k
-  stage "$dir" generate "$dir/generate.jsonl" python "$here/batch_infer.py" --eval_task "$task" --pretrain "$policy" \
-    --dataset "$PROMPT_DATASET" --iter "$k" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --best_of_n "$BEST_OF_N" \
-    --output_path "$dir/generate.jsonl" "${generate_flags[@]}"
+  stage "$dir" generate "$dir/generate.jsonl" "${generate[@]}" "$here/batch_infer.py" --eval_task "$task" \
+    --pretrain "$policy" --dataset "$PROMPT_DATASET" --iter "$k" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" \
+    --best_of_n "$BEST_OF_N" --output_path "$dir/generate.jsonl" "${generate_flags[@]}"
   publish "$dir/generate.jsonl" "$GENERATE_OUTPUT"
   stage "$dir" rm "$dir/rm.jsonl" "${ranks[@]}" "$here/batch_infer.py" --eval_task rm --pretrain "$RM_MODEL_PATH" \
     --dataset "$dir/generate.jsonl" --post_processor "$post_processor" --scored_path "$dir/scored.jsonl" \

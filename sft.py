@@ -221,9 +221,10 @@ def load_rows(names, probs, split, max_samples):
         die(f"dataset {names[tables.index([])]!r}: no rows")
     sizes = list(map(len, tables))
     if probs is not None and len(tables) > 1:
-        sizes = [round(float(p) * sum(sizes)) for p in probs.split(",")]
-        if len(sizes) != len(tables):
-            die(f"--dataset_probs has {len(sizes)} values for {len(tables)} datasets")
+        shares = probs.split(",")
+        if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdigit() for p in shares):
+            die(f"--dataset_probs {probs}: not one number for each of {len(tables)} datasets")
+        sizes = [round(float(p) * sum(sizes)) for p in shares]
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
 
@@ -290,14 +291,16 @@ def chat_text(tokenizer, messages, multiturn):
         options |= tokenizer.special_tokens_map
         marks = transformers.utils.chat_template_utils.render_jinja_template([messages], **options)[1][0]
         return full, marks if multiturn else marks[-1:], True, False
-    spans = []
-    for i in turns if multiturn else turns[-1:]:
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        until = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        spans.append([len(os.path.commonprefix([part, full])) for part in (before, until)])
-    borders = [border for span in spans for border in span]
-    if borders != sorted(set(borders)):
-        raise ValueError("the chat template rewrites earlier turns")
+
+    def borders(n):
+        """Where the answer to the first n turns begins, and where the n-th turn ends."""
+        options = {"conversation": messages[:n], "tokenize": False}
+        texts = [tokenizer.apply_chat_template(**options, add_generation_prompt=x) for x in (True, False)]
+        if not full.startswith(os.path.commonprefix(texts)):
+            raise ValueError("the chat template rewrites earlier turns")
+        return [len(os.path.commonprefix([text, full])) for text in texts]
+
+    spans = [[borders(i)[0], borders(i + 1)[1]] for i in (turns if multiturn else turns[-1:])]
     return full, spans, True, False
 
 
@@ -333,7 +336,7 @@ def label_tokens(rendered, tokenizer, stop_ids, max_len):
         ids, offsets = ids[1:], offsets[1:]
     trained, stops = np.zeros(len(ids), dtype=bool), []
     for start, end in spans:
-        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 1] <= end))
         stops = [j for j in inside if ids[j] in stop_ids]
         trained[inside[inside <= stops[-1]] if stops else inside] = True
     if stops:  # what a template writes behind the last stop token (a newline) is no part of the example

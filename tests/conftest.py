@@ -61,7 +61,11 @@ def make_model(folder, tokenizer, **changes):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ids = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     options = {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True}
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=512, **{**sizes, **ids, **options, "initializer_range": 0.1, **changes})
@@ -83,5 +87,5 @@ def tiny(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory):
-    """A .jsonl file of 49 rows: with a batch of 24 the last step has one example, less than two ranks need."""
+    """A .jsonl file of 49 rows: with a batch of 24 the last step has one example, too few for two ranks."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", make_rows(49))

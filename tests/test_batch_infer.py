@@ -1,11 +1,13 @@
-"""batch_infer.py: samples and rewards against Hugging Face's own, independence of batch and ranks, resume, bad input."""
+"""batch_infer.py: samples and rewards against Hugging Face's, independence of batch and ranks, resume, bad input."""
 
 import functools
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,9 @@ from transformers import (
 
 script = load_script("batch_infer")
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 QUESTIONS = [f"{'Please say, w' if i % 3 else 'W'}hat is {i} plus {i * 7}? " * (1 + i % 2) for i in range(12)]
 
@@ -191,7 +194,7 @@ def sampler(seeds=1, width=3, **flags):
 
 
 def test_sampler_draws_from_the_distribution():
-    """Uniform numbers on a grid of n points give each token its probability, to 1/n; temperature 0.5 squares the odds."""
+    """Numbers on a grid of n points give each token its probability, to 1/n; temperature 0.5 squares the odds."""
     n, probs = 1000, torch.tensor([0.1, 0.0, 0.2, 0.3, 0.4])
     s = sampler(n, temperature=0.5)
     s.uniforms[:, 1] = (torch.arange(n) + 0.5) / n
@@ -229,7 +232,7 @@ def test_stop_strings(home, samples, tmp_path):
 
 
 def test_room(home, tmp_path):
-    """Prompt and sample fit into max_model_len, which cuts some samples and leaves no room for some prompts."""
+    """Prompt and sample fit into max_model_len: some samples are cut, for some prompts there is no room."""
     tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("generate", "", ""))
     lengths = [len(tokenizer(text).input_ids) for text in QUESTIONS]
     limit, flags = max(lengths), {"greedy_sampling": True, "max_drop_ratio": 0.9}
@@ -435,7 +438,7 @@ def texts_of(rows, openrlhf, **flags):
 
 
 def test_messages_are_rendered_in_the_reward_models_template():
-    """Hugging Face heads read what the template writes, OpenRLHF's up to EOS; a cut answer is followed by nothing."""
+    """Hugging Face heads read all of the template, OpenRLHF's up to EOS; nothing follows a cut answer."""
     row = {"input": "policy's own form", "output": "yes", "messages": [{"role": "user", "content": "ok?"}]}
     rows = [row | {"finish_reason": "stop"}, row | {"finish_reason": "length"}]
     chat = "<|user|>ok?\n<|assistant|>yes"
@@ -552,6 +555,36 @@ def test_two_at_once(home, tmp_path, capsys):
         assert "another process" in stops(capsys, home, "generate", tmp_path / "a.jsonl")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["generate", "rm", "generate_vllm"])
+def test_kill_campaign(home, tmp_path, task):
+    """kill -9 as soon as new results are on disk, until a start gets to the end: the rows of an undisturbed run."""
+    if task == "generate_vllm" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed (requirements-vllm.txt)")
+    rows = [{"input": f"{i} {text}", "output": text[::-1]} for i in range(50) for text in QUESTIONS]
+    flags = {"eval_task": task, "dataset": write(tmp_path / "x.jsonl", rows), "micro_batch_size": 4}
+    flags |= {"pretrain": str(home / ("rm" if task == "rm" else "policy")), "max_new_tokens": 12}
+    command = [sys.executable, script.__file__, "--no-bf16", "--output_path"]
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    out, parts, kills = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", 0
+    while not out.exists():
+        before = {path: path.stat().st_size for path in parts.glob("*.jsonl")}
+        process = subprocess.Popen([*command, str(out), *words])
+        more = random.Random(kills).randrange(20_000)
+        while process.poll() is None and kills < 10:
+            if sum(path.stat().st_size for path in parts.glob("*.jsonl")) > sum(before.values()) + more:
+                process.kill()
+                kills += 1
+            time.sleep(0.01)
+        assert process.wait() in (0, -9)
+    assert kills >= 2 and not parts.exists()
+    subprocess.run([*command, str(tmp_path / "whole.jsonl"), *words], check=True)
+    found, whole = read(out), read(tmp_path / "whole.jsonl")
+    assert [row | {"reward": 0} for row in found] == [row | {"reward": 0} for row in whole]
+    if task == "rm":
+        assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in whole], abs=1e-6)
+
+
 def launch(tmp_path, ranks, configs):
     """Runs main() for each configuration in one start of Python per rank."""
     (tmp_path / "configs.json").write_text(json.dumps(configs))
@@ -641,8 +674,7 @@ def test_full_disk(home, tmp_path, capsys):
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed (requirements-vllm.txt)"
 )
 def test_vllm(home, tmp_path):
-    """Greedy: the same rows as Hugging Face's. Sampled: the same rows for other companions in the engine, and a prompt's
-    rows as they were before a restart."""
+    """Greedy: Hugging Face's rows. Sampled: a prompt's rows do not depend on its companions in the engine."""
     prompts = str(home / "prompts.jsonl")
     common = {
         "eval_task": "generate_vllm",

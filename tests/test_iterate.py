@@ -19,6 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 # name its call as KIND:ITERATION, and writes what the script would. Its docstring lists the flags.
 STUB = '''
 """
+    eval_task: str
     input_key: str
     bf16: bool
     max_new_tokens: int
@@ -266,13 +267,15 @@ def test_a_stage_that_outlives_the_loop_keeps_the_lock(loop):
 
 
 def test_dry_run_prints_commands_and_runs_nothing(loop):
-    flags = "--input_template 'User: {}'"
-    out, _ = loop.run(DRY_RUN=1, TRAINING_ITERS=2, NUM_GPUS=2, TRAIN_FLAGS=flags, DS=1)
+    settings = dict(DRY_RUN=1, TRAINING_ITERS=2, NUM_GPUS=2, TRAIN_FLAGS="--input_template 'User: {}'")
+    out, _ = loop.run(**settings, GENERATE_FLAGS="--eval_task generate_vllm")
     lines = [shlex.split(line) for line in out.splitlines()]
     assert len(lines) == 3 * 2 + 2 + 1
     assert [line[0] for line in lines[:3]] == ["python", "deepspeed", "deepspeed"]
     assert lines[2][-2:] == ["--input_template", "User: {}"]
     assert loop.calls() == [] and not (loop.path / "out").exists()
+    out, _ = loop.run(**settings, GENERATE_FLAGS="--eval_task generate")
+    assert out.startswith("deepspeed --num_gpus 2 ./batch_infer.py --eval_task generate ")
 
 
 def test_links_to_the_newest(loop):

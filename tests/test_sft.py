@@ -1,7 +1,8 @@
-"""sft.py against plain torch and Hugging Face's own loss, hand-computed values, kills, damage and bad input."""
+"""sft.py against plain torch and Hugging Face's own loss, values computed by hand, kills and bad input."""
 
 import copy
 import gc
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,11 @@ SPLITS = {
     "zero1": {"zero_stage": 1},
     "zero3": {"zero_stage": 3},
     "checkpointing": {"gradient_checkpointing": True},
-    "zero3-checkpointing-micro2": {"zero_stage": 3, "gradient_checkpointing": True, "micro_train_batch_size": 2},
+    "zero3-checkpointing-micro2": {
+        "zero_stage": 3,
+        "gradient_checkpointing": True,
+        "micro_train_batch_size": 2,
+    },
     "offload": {"adam_offload": True},
     "zero3-offload": {"zero_stage": 3, "adam_offload": True},
 }
@@ -52,7 +57,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def quick_and_clean(monkeypatch):
-    """One thread, as more only cost with this model; what setup() writes into the environment ends with the test."""
+    """One thread, as more only cost with this model; setup()'s environment variables end with the test."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     before = dict(os.environ)
     yield
@@ -82,7 +87,11 @@ def command_flags(**flags):
     """Flags as a command line."""
     words = []
     for name, value in {**SETTINGS, **flags}.items():
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        words += (
+            [f"--{name}" if value else f"--no-{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
+        )
     return words
 
 
@@ -127,7 +136,7 @@ def mean_loss(folder, rows_file):
 
 @pytest.fixture(scope="module")
 def reference(tiny, rows_file, tmp_path_factory):
-    """Three steps of plain torch, one forward per example: losses, gradient norms, and the model's loss after them."""
+    """Three steps of plain torch, one forward per example: loss, gradient norm, and the loss after them."""
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
@@ -203,7 +212,7 @@ def test_bf16_has_fp32_master_weights(zero_stage, tiny, rows_file, tmp_path, mon
     assert run(**paths, bf16=True, zero_stage=zero_stage, learning_rate=1e-7, train_batch_size=49) == 0
     moves = torch.cat(moves)
     assert (moves > 0).float().mean() > 0.95
-    # an optimiser that took a hidden step at its start would move them by 0.73e-7: its bias correction is one ahead
+    # 0.73e-7 if the optimiser took a hidden step at its start: its bias correction would be one ahead
     assert moves.median().item() == pytest.approx(1e-7, rel=0.02)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
@@ -230,7 +239,7 @@ def test_neighbours_in_a_pack_have_no_effect(tiny):
 
 
 def test_pack_trees_by_hand():
-    """Two responses on one prompt, then one example: positions go on at the prompt, which predicts both firsts."""
+    """Two responses on one prompt, then one example. Positions go on at the prompt."""
     first = tree([10, 11, 12], [20, 21], [30, 31, 32])
     first["trained"][1] = np.array([True, False, True])
     pack = sft.pack_trees([first, tree([40], [50, 51])], "cpu")
@@ -305,7 +314,7 @@ def test_learning_rate_by_hand():
 
 @pytest.fixture
 def trees_of(tiny, tmp_path, monkeypatch):
-    """trees_of(rows, **flags): the examples that main() builds from rows, each (prompt text, [trained texts])."""
+    """trees_of(rows, **flags): main()'s examples of the rows, each (prompt text, [trained texts])."""
 
     def collect(rows, pretrain=tiny, **flags):
         path, built, build_trees = write_rows(tmp_path / "rows.jsonl", rows), [], sft.build_trees
@@ -325,7 +334,7 @@ def trees_of(tiny, tmp_path, monkeypatch):
 
 
 def spans_of(example, tokenizer):
-    """(text before the first trained token, [text of each trained stretch]) of an example with one response."""
+    """(text before the first trained token, [text of each trained stretch]) of an example."""
     ids = np.r_[example["prompt"], example["responses"][0]]
     trained = np.r_[np.zeros(len(example["prompt"]), bool), example["trained"][0]].astype(int)
     edges = np.flatnonzero(np.diff(trained, append=0, prepend=0)).reshape(-1, 2)
@@ -340,116 +349,144 @@ CHAT = [
 ]
 PROMPT = "<|user|>red?<eos>\n<|assistant|>river<eos>\n<|user|>old?<eos>\n<|assistant|>"
 SHAREGPT = [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in CHAT]
-GENERATION = CHAT_TEMPLATE.replace("{{ '<|' + m['role'] + '|>' + m['content'] + eos_token + '\n' }}", "").replace(
+GENERATION = CHAT_TEMPLATE.replace(
+    "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token + '\n' }}", ""
+).replace(
     "{% for m in messages %}",
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
     "{%- generation -%}{{ m['content'] + eos_token }}{%- endgeneration -%}"
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{{ '\n' }}",
 )
-REWRITES = CHAT_TEMPLATE.replace("m['content']", "(m['content'] if loop.last else m['content'][:2])")
-
-
-@pytest.mark.parametrize(
-    "rows, flags, expected",
-    {
-        "strings": ([{"input": "a red", "output": " river"}], {}, ("a red", [" river<eos>"])),
-        "template": (
-            [{"input": "red", "output": "river"}],
-            {"input_template": "User: {}\\nAssistant:"},
-            ("User: red\nAssistant:", ["river<eos>"]),
-        ),
-        "a token across the border is the response's": (
-            [{"input": "red", "output": "river"}],
-            {"input_template": "Q {} A "},
-            ("Q red A", [" river<eos>"]),
-        ),
-        "template keeps braces of the prompt": (
-            [{"input": "{x} {}", "output": "river"}],
-            {"input_template": "Q {} A:"},
-            ("Q {x} {} A:", ["river<eos>"]),
-        ),
-        "key flags": ([{"q": "a", "a": "b", "input": "no"}], {"input_key": "q", "output_key": "a"}, ("a", ["b<eos>"])),
-        "messages": ([{"messages": CHAT}], {}, (PROMPT, ["walls<eos>"])),
-        "multiturn": (
-            [{"messages": CHAT}],
-            {"multiturn": True},
-            ("<|user|>red?<eos>\n<|assistant|>", ["river<eos>", "walls<eos>"]),
-        ),
-        "from/value": ([{"conversations": SHAREGPT}], {}, (PROMPT, ["walls<eos>"])),
-        "a turn behind the last answer": (
-            [{"messages": CHAT + [{"role": "user", "content": "more?"}]}],
-            {},
-            (PROMPT, ["walls<eos>"]),
-        ),
-        "system": (
-            [{"messages": [{"role": "system", "content": "be old"}, *CHAT[:2]]}],
-            {},
-            ("<|system|>be old<eos>\n<|user|>red?<eos>\n<|assistant|>", ["river<eos>"]),
-        ),
-        "strings in the chat template": (
-            [{"input": "red?", "output": "river"}],
-            {"apply_chat_template": True},
-            ("<|user|>red?<eos>\n<|assistant|>", ["river<eos>"]),
-        ),
-        "prompt and completion as messages": (
-            [{"prompt": CHAT[:3], "completion": CHAT[3:]}],
-            {},
-            (PROMPT, ["walls<eos>"]),
-        ),
-        "prompt and completion as text": ([{"prompt": "red", "completion": " old"}], {}, ("red", [" old<eos>"])),
-        "alpaca": (
-            [{"instruction": "say", "input": "red", "output": " old"}],
-            {},
-            ("say\n\nred", [" old<eos>"]),
-        ),
-        "alpaca without input": ([{"instruction": "say", "input": "", "output": " old"}], {}, ("say", [" old<eos>"])),
-        "question and answer": ([{"question": "red?", "answer": " old"}], {}, ("red?", [" old<eos>"])),
-        "text": ([{"text": "the red river"}], {}, ("the", [" red river<eos>"])),
-        "pretrain_mode": (
-            [{"body": "the red river", "input": "x"}],
-            {"pretrain_mode": True, "input_key": "body"},
-            ("the", [" red river<eos>"]),
-        ),
-        "marks, last turn": (
-            [{"messages": CHAT}],
-            {"tokenizer_chat_template": GENERATION},
-            (PROMPT, ["walls<eos>"]),
-        ),
-        "marks, every turn": (
-            [{"messages": CHAT}],
-            {"tokenizer_chat_template": GENERATION, "multiturn": True},
-            ("<|user|>red?<eos>\n<|assistant|>", ["river<eos>", "walls<eos>"]),
-        ),
-        "history rewritten, last turn": (
-            [{"messages": CHAT}],
-            {"tokenizer_chat_template": REWRITES},
-            ("<|user|>re<eos>\n<|assistant|>ri<eos>\n<|user|>ol<eos>\n<|assistant|>", ["walls<eos>"]),
-        ),
-        "generated, complete": (
-            [{"input": "<|user|>red?<eos>\n<|assistant|>", "output": "old", "finish_reason": "stop"}],
-            {"apply_chat_template": True},
-            ("<|user|>red?<eos>\n<|assistant|>", ["old<eos>"]),
-        ),
-        "generated, cut": (
-            [{"input": "Q: red?", "output": " old", "finish_reason": "length", "id": 0, "sample": 0}],
-            {"input_template": "User: {}"},
-            ("Q: red?", [" old"]),
-        ),
-        "generated from messages": (
-            [{"messages": CHAT[:3], "input": PROMPT, "output": "old", "finish_reason": "stop"}],
-            {},
-            (PROMPT, ["old<eos>"]),
-        ),
-        "cut by max_len": ([{"input": "red", "output": " old" * 20}], {"max_len": 10}, ("red", [" old" * 9])),
-        "EOS in the text": ([{"input": "red", "output": " old<eos>"}], {}, ("red", [" old<eos>"])),
-        "nothing behind EOS is trained": (
-            [{"input": "red", "output": " old<eos>\n the river"}],
-            {},
-            ("red", [" old<eos>"]),
-        ),
-    }.values(),
+# an earlier answer loses what stands before "/", as reasoning models lose their thoughts
+FORGETS = CHAT_TEMPLATE.replace(
+    "m['content']", "(m['content'] if loop.last else m['content'].split('/')[-1])"
 )
-def test_rows(rows, flags, expected, trees_of):
+THINKING = [CHAT[0], {"role": "assistant", "content": "well/river"}, CHAT[2], CHAT[3]]
+# what ends the text is no part of a turn
+END_AT_END = CHAT_TEMPLATE.replace(" + eos_token", "").replace(
+    "{% endif %}", "{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+ROWS = {  # name: (rows, flags, (prompt, trained stretches))
+    "strings": ([{"input": "a red", "output": " river"}], {}, ("a red", [" river<eos>"])),
+    "template": (
+        [{"input": "red", "output": "river"}],
+        {"input_template": "User: {}\\nAssistant:"},
+        ("User: red\nAssistant:", ["river<eos>"]),
+    ),
+    "a token across the border is the response's": (
+        [{"input": "red", "output": "river"}],
+        {"input_template": "Q {} A "},
+        ("Q red A", [" river<eos>"]),
+    ),
+    "template keeps braces of the prompt": (
+        [{"input": "{x} {}", "output": "river"}],
+        {"input_template": "Q {} A:"},
+        ("Q {x} {} A:", ["river<eos>"]),
+    ),
+    "key flags": (
+        [{"q": "a", "a": "b", "input": "no"}],
+        {"input_key": "q", "output_key": "a"},
+        ("a", ["b<eos>"]),
+    ),
+    "messages": ([{"messages": CHAT}], {}, (PROMPT, ["walls<eos>"])),
+    "multiturn": (
+        [{"messages": CHAT}],
+        {"multiturn": True},
+        ("<|user|>red?<eos>\n<|assistant|>", ["river<eos>", "walls<eos>"]),
+    ),
+    "from/value": ([{"conversations": SHAREGPT}], {}, (PROMPT, ["walls<eos>"])),
+    "a turn behind the last answer": (
+        [{"messages": CHAT + [{"role": "user", "content": "more?"}]}],
+        {},
+        (PROMPT, ["walls<eos>"]),
+    ),
+    "system": (
+        [{"messages": [{"role": "system", "content": "be old"}, *CHAT[:2]]}],
+        {},
+        ("<|system|>be old<eos>\n<|user|>red?<eos>\n<|assistant|>", ["river<eos>"]),
+    ),
+    "strings in the chat template": (
+        [{"input": "red?", "output": "river"}],
+        {"apply_chat_template": True},
+        ("<|user|>red?<eos>\n<|assistant|>", ["river<eos>"]),
+    ),
+    "prompt and completion as messages": (
+        [{"prompt": CHAT[:3], "completion": CHAT[3:]}],
+        {},
+        (PROMPT, ["walls<eos>"]),
+    ),
+    "prompt and completion as text": (
+        [{"prompt": "red", "completion": " old"}],
+        {},
+        ("red", [" old<eos>"]),
+    ),
+    "alpaca": (
+        [{"instruction": "say", "input": "red", "output": " old"}],
+        {},
+        ("say\n\nred", [" old<eos>"]),
+    ),
+    "alpaca without input": (
+        [{"instruction": "say", "input": "", "output": " old"}],
+        {},
+        ("say", [" old<eos>"]),
+    ),
+    "question and answer": ([{"question": "red?", "answer": " old"}], {}, ("red?", [" old<eos>"])),
+    "text": ([{"text": "the red river"}], {}, ("the", [" red river<eos>"])),
+    "pretrain_mode": (
+        [{"body": "the red river", "input": "x"}],
+        {"pretrain_mode": True, "input_key": "body"},
+        ("the", [" red river<eos>"]),
+    ),
+    "marks, last turn": (
+        [{"messages": CHAT}],
+        {"tokenizer_chat_template": GENERATION},
+        (PROMPT, ["walls<eos>"]),
+    ),
+    "marks, every turn": (
+        [{"messages": CHAT}],
+        {"tokenizer_chat_template": GENERATION, "multiturn": True},
+        ("<|user|>red?<eos>\n<|assistant|>", ["river<eos>", "walls<eos>"]),
+    ),
+    "history rewritten, last turn": (
+        [{"messages": THINKING}],
+        {"tokenizer_chat_template": FORGETS},
+        (PROMPT, ["walls<eos>"]),
+    ),
+    "EOS at the very end": (
+        [{"messages": CHAT}],
+        {"tokenizer_chat_template": END_AT_END, "multiturn": True},
+        ("<|user|>red?\n<|assistant|>", ["river\n", "walls\n<eos>"]),
+    ),
+    "generated, complete": (
+        [{"input": "<|user|>red?<eos>\n<|assistant|>", "output": "old", "finish_reason": "stop"}],
+        {"apply_chat_template": True},
+        ("<|user|>red?<eos>\n<|assistant|>", ["old<eos>"]),
+    ),
+    "generated, cut": (
+        [{"input": "Q: red?", "output": " old", "finish_reason": "length", "id": 0, "sample": 0}],
+        {"input_template": "User: {}"},
+        ("Q: red?", [" old"]),
+    ),
+    "generated from messages": (
+        [{"messages": CHAT[:3], "input": PROMPT, "output": "old", "finish_reason": "stop"}],
+        {},
+        (PROMPT, ["old<eos>"]),
+    ),
+    "cut by max_len": ([{"input": "red", "output": " old" * 20}], {"max_len": 10}, ("red", [" old" * 9])),
+    "EOS in the text": ([{"input": "red", "output": " old<eos>"}], {}, ("red", [" old<eos>"])),
+    "nothing behind EOS is trained": (
+        [{"input": "red", "output": " old<eos>\n the river"}],
+        {},
+        ("red", [" old<eos>"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name, trees_of):
+    rows, flags, expected = ROWS[name]
     assert trees_of(rows, **flags) == [expected]
 
 
@@ -468,7 +505,9 @@ def with_bos(tmp_path_factory):
 
     tokenizer = make_tokenizer(chat_template="{{ '<bos>' }}" + CHAT_TEMPLATE)
     ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=ids
+    )
     tokenizer.bos_token = "<bos>"
     folder = make_model(tmp_path_factory.mktemp("bos") / "bos", tokenizer)
     assert AutoTokenizer.from_pretrained(folder).encode("red")[0] == ids[0][1]
@@ -494,14 +533,18 @@ def test_stop_tokens_of_the_generation_config(tokenizer, tmp_path, trees_of):
     """A turn that ends in another stop token than EOS gets no EOS behind it."""
     folder = make_model(tmp_path / "stops", tokenizer)
     stop = tokenizer.convert_tokens_to_ids("<|system|>")
-    (tmp_path / "stops/generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, stop]}))
+    (tmp_path / "stops/generation_config.json").write_text(
+        json.dumps({"eos_token_id": [tokenizer.eos_token_id, stop]})
+    )
     rows = [{"input": "red", "output": " old<|system|>\n"}, {"input": "red", "output": " old"}]
     assert trees_of(rows, pretrain=folder) == [("red", [" old<|system|>"]), ("red", [" old<eos>"])]
 
 
 def test_dataset_probs(tiny, tmp_path, trees_of, monkeypatch):
     """Shares of an epoch that has as many rows as the datasets together."""
-    names = [write_rows(tmp_path / f"{x}.jsonl", [{"input": x, "output": str(i)} for i in range(4)]) for x in "ab"]
+    names = [
+        write_rows(tmp_path / f"{x}.jsonl", [{"input": x, "output": str(i)} for i in range(4)]) for x in "ab"
+    ]
     for probs, expected in (("0.75,0.25", "aaaaaabb"), (None, "aaaabbbb")):
         rows = sft.load_rows(",".join(names), probs, "train", 100)
         assert "".join(row["input"] for _, row in rows) == expected
@@ -511,10 +554,12 @@ def test_dataset_probs(tiny, tmp_path, trees_of, monkeypatch):
 # --- saving
 
 
-@pytest.mark.parametrize("flags", [{}, {"zero_stage": 3}, {"lora_rank": 4}, {"lora_rank": 4, "zero_stage": 3}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{}, {"zero_stage": 3}, {"lora_rank": 4}, {"lora_rank": 4, "zero_stage": 3}], ids=str
+)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_saved_model_is_the_trained_one(flags, tied, tokenizer, rows_file, tmp_path, monkeypatch):
-    """Same log-probs as the engine had; LoRA merged as PEFT merges it; the files are those of a Hugging Face folder."""
+    """Same log-probs as the engine had; LoRA merged as PEFT does it; the files of a Hugging Face folder."""
     pretrain = make_model(tmp_path / "start", tokenizer, tie_word_embeddings=tied)
     out, before, save_model = tmp_path / "out", SimpleNamespace(), sft.save_model
     pack = sft.pack_trees([tree(range(30), range(30, 60))], "cpu")
@@ -549,7 +594,12 @@ def test_saved_model_is_the_trained_one(flags, tied, tokenizer, rows_file, tmp_p
 
 def test_rerun_and_other_flags(tiny, rows_file, tmp_path, capsys):
     """The same command again does nothing; another command never touches what is there."""
-    flags = {"pretrain": tiny, "dataset": rows_file, "save_path": str(tmp_path / "out"), "train_batch_size": 49}
+    flags = {
+        "pretrain": tiny,
+        "dataset": rows_file,
+        "save_path": str(tmp_path / "out"),
+        "train_batch_size": 49,
+    }
     assert run(**flags) == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     capsys.readouterr()
@@ -576,40 +626,62 @@ def test_in_place(tokenizer, rows_file, tmp_path, capsys):
     assert weights_of(model) == weights[-1]
 
 
-def test_killed_while_it_moves_into_place(tokenizer, rows_file, tmp_path, monkeypatch, capsys):
-    """At every single rename of publish(): the next start completes the move and trains nothing."""
-    start = make_model(tmp_path / "start", tokenizer)
-    assert run(pretrain=start, dataset=rows_file, save_path=str(tmp_path / "whole"), train_batch_size=49) == 0
-    expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if "json" not in p.suffix}
-    replace, publish = os.replace, sft.publish
-    n_moves = len(list((tmp_path / "whole").iterdir()))
-    for in_place in (False, True):
-        for survive in {0, 1, n_moves // 2, n_moves - 1}:  # n_moves - 1: only the manifest is missing
-            model = shutil.copytree(start, tmp_path / f"{in_place}{survive}")
-            flags = {"pretrain": str(model), "dataset": rows_file, "train_batch_size": 49}
-            flags["save_path"] = str(model if in_place else tmp_path / f"out{survive}")
-            left = [survive]
+def die_after(n_moves, monkeypatch):
+    """From now on, os.replace works n_moves times; then the process is as good as dead. None: no limit."""
+    replace = die_after.real = getattr(die_after, "real", os.replace)
+    left = itertools.count(n_moves or 0, -1)
 
-            def dying_replace(source, target):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Killed
-                replace(source, target)
+    def dying(source, target):
+        if n_moves is not None and next(left) <= 0:
+            raise Killed
+        replace(source, target)
 
-            def dying_publish(*args):
-                monkeypatch.setattr(os, "replace", dying_replace)
-                publish(*args)
+    monkeypatch.setattr(os, "replace", dying)
 
-            monkeypatch.setattr(sft, "publish", dying_publish)
-            assert run(**flags) == "killed"
-            monkeypatch.setattr(os, "replace", replace)
-            monkeypatch.setattr(sft, "publish", publish)
-            capsys.readouterr()
-            assert run(**flags) == 0
-            out = capsys.readouterr().out
-            assert "done" in out and "step " not in out
-            assert expected.items() <= {p.name: p.read_bytes() for p in Path(flags["save_path"]).iterdir()}.items()
-            assert not Path(f"{flags['save_path']}.partial").exists()
+
+def test_publish_survives_a_kill_at_every_move(tmp_path, monkeypatch):
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    for n_moves in range(len(names) + 1):  # the manifest comes last
+        target, partial = tmp_path / f"{n_moves}", tmp_path / f"{n_moves}.partial"
+        for folder, version in ((target, "old"), (partial, "new")):
+            folder.mkdir()
+            for name in names:
+                (folder / name).write_text(f"{version} {name}")
+            sft.seal(folder, {"version": version})
+        (target / "model-00001-of-00002.safetensors").write_text("old shard")
+        die_after(n_moves, monkeypatch)
+        with pytest.raises(Killed):
+            sft.publish(partial, target)
+        assert sft.intact(target) is None  # neither the old nor the new model
+        die_after(None, monkeypatch)
+        sft.publish(partial, target)
+        assert sft.intact(target) == {"version": "new"} and not partial.exists()
+        assert sorted(p.name for p in target.iterdir()) == sorted([*names, "manifest.json"])
+        assert (target / "model.safetensors").read_text() == "new model.safetensors"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_killed_while_it_moves_into_place(in_place, tokenizer, rows_file, tmp_path, monkeypatch, capsys):
+    """The next start completes the move and trains nothing."""
+    model = make_model(tmp_path / "start", tokenizer)
+    flags = {"pretrain": model, "dataset": rows_file, "train_batch_size": 49}
+    assert run(**flags, save_path=str(tmp_path / "whole")) == 0
+    expected, publish = weights_of(tmp_path / "whole"), sft.publish
+    flags["save_path"] = model if in_place else str(tmp_path / "out")
+
+    def dying_publish(*args):
+        die_after(4, monkeypatch)
+        publish(*args)
+
+    monkeypatch.setattr(sft, "publish", dying_publish)
+    assert run(**flags) == "killed"
+    die_after(None, monkeypatch)
+    monkeypatch.setattr(sft, "publish", publish)
+    capsys.readouterr()
+    assert run(**flags) == 0
+    out = capsys.readouterr().out
+    assert "done" in out and "step " not in out
+    assert weights_of(flags["save_path"]) == expected and not list(tmp_path.glob("*.partial"))
 
 
 def test_two_runs_never_write_to_one_folder(tiny, rows_file, tmp_path, capsys):
@@ -638,7 +710,7 @@ def kill_after(step, monkeypatch):
     monkeypatch.setattr(sft, "save_checkpoint", dying)
 
 
-RESUME = {"train_batch_size": 10, "save_steps": 1, "lr_scheduler": "cosine", "max_epochs": 2}  # 10 steps
+RESUME = {"train_batch_size": 17, "save_steps": 1, "lr_scheduler": "cosine", "max_epochs": 2}  # 6 steps
 
 
 @pytest.mark.parametrize(
@@ -653,7 +725,7 @@ RESUME = {"train_batch_size": 10, "save_steps": 1, "lr_scheduler": "cosine", "ma
 def test_resumed_is_bit_identical(flags, tiny, rows_file, tmp_path, monkeypatch, capsys):
     flags = {"pretrain": tiny, "dataset": rows_file, **RESUME, **flags}
     assert run(save_path=str(tmp_path / "whole"), **{**flags, "save_steps": -1}) == 0
-    for step in (3, 5):
+    for step in (2, 4):
         kill_after(step, monkeypatch)
         assert run(save_path=str(tmp_path / "out"), **flags) == "killed"
         set_seed(step)  # of another process
@@ -675,7 +747,11 @@ def test_checkpoints_damaged_or_of_another_run(tiny, rows_file, tmp_path, monkey
     kill_after(5, monkeypatch)
     assert run(**flags) == "killed"
     checkpoints = tmp_path / "out.ckpt"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_3", "step_4", "step_5"]  # max_ckpt_num
+    assert sorted(p.name for p in checkpoints.glob("step_*")) == [
+        "step_3",
+        "step_4",
+        "step_5",
+    ]  # max_ckpt_num
     capsys.readouterr()
     assert run(**{**flags, "learning_rate": 2e-3}) == 2
     message = capsys.readouterr().err
@@ -688,7 +764,11 @@ def test_checkpoints_damaged_or_of_another_run(tiny, rows_file, tmp_path, monkey
     kill_after(None, monkeypatch)
     assert run(**flags) == 0
     out = capsys.readouterr().out
-    assert "step_5 is damaged" in out and "step_4 is damaged" in out and f"resume {checkpoints / 'step_3'}" in out
+    assert (
+        "step_5 is damaged" in out
+        and "step_4 is damaged" in out
+        and f"resume {checkpoints / 'step_3'}" in out
+    )
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
 
@@ -701,7 +781,7 @@ def kill_tree(process):
 
 
 def test_sigkill_of_two_ranks(tiny, rows_file, two_ranks, tmp_path, unused_port):
-    """Killed at a random time behind the first checkpoint; then the deepspeed launcher goes on to the same end."""
+    """Killed at a random time behind the first checkpoint; the deepspeed launcher goes on to the same end."""
     flags = {"pretrain": tiny, "dataset": rows_file, "save_path": tmp_path / "out", "save_steps": 1}
     words = [str(REPO / "sft.py"), *command_flags(**flags, zero_stage=3, max_epochs=4, train_batch_size=16)]
     process = subprocess.Popen(torchrun(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -737,7 +817,9 @@ def test_python_without_launcher(tiny, rows_file, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines if not line.startswith("step")] == "data data sft batch sample saved".split()
+    assert [
+        line.split()[0] for line in lines if not line.startswith("step")
+    ] == "data data sft batch sample saved".split()
     assert all(len(line) < 120 for line in lines if not line.startswith("sample"))
     logged = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [0, 1, 2, 3]
@@ -756,24 +838,49 @@ def test_unknown_flag(capsys):
 
 GOOD = '{"input": "red", "output": "old"}\n'
 BAD_INPUT = {
-    "missing column": ({"input_key": "prompt"}, GOOD, ["rows.jsonl:1", "'prompt'", "input, output", "--input_key"]),
-    "unknown columns": ({}, '{"a": "x", "b": "y"}\n', ["rows.jsonl:1", "a, b", "--input_key", "--output_key"]),
+    "missing column": (
+        {"input_key": "prompt"},
+        GOOD,
+        ["rows.jsonl:1", "'prompt'", "input, output", "--input_key"],
+    ),
+    "unknown columns": (
+        {},
+        '{"a": "x", "b": "y"}\n',
+        ["rows.jsonl:1", "a, b", "--input_key", "--output_key"],
+    ),
     "empty file": ({}, "", ["rows.jsonl", "no rows"]),
     "broken JSON": ({}, GOOD + '{"input": oops}\n' + GOOD, ["rows.jsonl:2", "column 11"]),
     "broken JSON list": ({"dataset": "rows.json"}, '[{"input": "a"},\n{"input" 1}]', ["rows.json:2"]),
     "row is no object": ({}, GOOD + "[1, 2]\n", ["rows.jsonl:2", "list"]),
     "missing file": ({"dataset": "none.jsonl"}, GOOD, ["none.jsonl", "No such file"]),
     "missing csv": ({"dataset": "none.csv"}, GOOD, ["none.csv"]),
-    "no usable row": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 rows", "3 empty response", "rows.jsonl:1"]),
-    "prompts too long": ({"max_len": 4}, GOOD * 9 + GOOD.replace("red", "red " * 9), ["prompt >= max_len", "jsonl:10"]),
+    "no usable row": (
+        {},
+        '{"input": "red", "output": " "}\n' * 3,
+        ["3 rows", "3 empty response", "rows.jsonl:1"],
+    ),
+    "prompts too long": (
+        {"max_len": 4},
+        GOOD * 9 + GOOD.replace("red", "red " * 9),
+        ["prompt >= max_len", "jsonl:10"],
+    ),
     "null": ({}, GOOD + '{"input": null, "output": "x"}\n', ["1 dropped", "not text", "rows.jsonl:2"]),
     "not UTF-8": ({}, b'{"input": "caf\xe9", "output": "x"}\n', ["rows.jsonl", "utf-8"]),
     "no chat template": ({"pretrain": "plain"}, json.dumps({"messages": CHAT}) + "\n", ["chat"]),
     "no assistant turn": ({}, json.dumps({"messages": CHAT[:1]}) + "\n", ["no assistant turn"]),
     "assistant begins": ({}, json.dumps({"messages": CHAT[1:2]}) + "\n", ["no assistant turn"]),
     "messages of numbers": ({}, '{"messages": [1, 2]}\n', ["messages without role and text"]),
-    "history rewritten": (
-        {"multiturn": True, "tokenizer_chat_template": REWRITES},
+    "answers rewritten": (
+        {"multiturn": True, "tokenizer_chat_template": FORGETS},
+        json.dumps({"messages": THINKING}) + "\n",
+        ["rewrites earlier turns"],
+    ),
+    "prompt rewritten": (
+        {
+            "tokenizer_chat_template": CHAT_TEMPLATE.replace(
+                "m['content']", "m['content'][: messages | length]"
+            )
+        },
         json.dumps({"messages": CHAT}) + "\n",
         ["rewrites earlier turns"],
     ),
@@ -783,8 +890,16 @@ BAD_INPUT = {
     "zero_stage": ({"zero_stage": 7}, GOOD, ["--zero_stage", "0 to 3", "7"]),
     "batch size": ({"micro_train_batch_size": 0}, GOOD, ["--micro_train_batch_size", "0"]),
     "no dataset": ({"dataset": ""}, GOOD, ["--dataset"]),
-    "probs are words": ({"dataset": "rows.jsonl,rows.jsonl", "dataset_probs": "x,y"}, GOOD, ["--dataset_probs", "x,y"]),
-    "probs are few": ({"dataset": "rows.jsonl,rows.jsonl", "dataset_probs": "1"}, GOOD, ["--dataset_probs", "2"]),
+    "probs are words": (
+        {"dataset": "rows.jsonl,rows.jsonl", "dataset_probs": "x,y"},
+        GOOD,
+        ["--dataset_probs", "x,y"],
+    ),
+    "probs are few": (
+        {"dataset": "rows.jsonl,rows.jsonl", "dataset_probs": "1"},
+        GOOD,
+        ["--dataset_probs", "2"],
+    ),
     "folder of another run": ({"save_path": "other"}, GOOD, ["other", "another"]),
 }
 
@@ -803,6 +918,7 @@ def test_bad_input(name, tiny, tmp_path, monkeypatch, capfd):
     before = sorted(tmp_path.rglob("*"))
     capfd.readouterr()
     assert run(**flags) == 2
+    shutil.rmtree("out.partial", ignore_errors=name != "no weights")  # found when the run's lock is taken
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert not [needle for needle in needles if needle not in lines[0]], lines

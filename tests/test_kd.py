@@ -1,0 +1,159 @@
+"""kd.py: divergences against float64, top-k cache against the live teacher, splits, and what the two KLs do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_rows, make_tokenizer, write_rows
+from launch import load_script
+
+kd, sft = load_script("kd"), load_script("sft")
+for script in (kd, sft):
+    script.note.__defaults__ = (None,)  # print to the stdout of the test, not to that of the import
+SETTINGS = {"bf16": False, "train_batch_size": 20, "learning_rate": 1e-3, "lr_scheduler": "constant"}
+SETTINGS |= {"lr_warmup_ratio": 0.0, "max_len": 100, "max_samples": 50}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    cores, os.sched_getaffinity = os.sched_getaffinity, lambda pid: {0}
+    yield
+    os.sched_getaffinity = cores
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("kd") / "rows.jsonl", make_rows(50, seed=5))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tokenizer):
+    """A teacher that is wider than the student, its vocabulary padded further."""
+    sizes = {"hidden_size": 96, "initializer_range": 0.2}
+    folder = make_model(tmp_path_factory.mktemp("teacher") / "t", tokenizer, **sizes)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(576, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(script=kd, **flags):
+    script.main(script.Args(**{**SETTINGS, **flags}))
+    lines = (Path(flags["save_path"]) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def exact(kind, p, q):
+    """The divergences in plain float64."""
+    kl = lambda a, b: (a * (a / b).log()).sum(1)  # noqa: E731
+    m = (p + q) / 2
+    return {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": (kl(p, m) + kl(q, m)) / 2}.get(
+        kind, kl(p, 0.1 * p + 0.9 * q)
+    )
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "skew"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_equals_float64(kind, temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 7, 300, dtype=torch.float64) * 3
+    student.requires_grad_()
+    p, q = ((x / temperature).softmax(1) for x in (teacher, student))
+    wanted = exact(kind, p, q).sum() * temperature**2
+    (gradient,) = torch.autograd.grad(wanted, student)
+    single = student.detach().float().requires_grad_()
+    log_p, log_q = ((x.float() / temperature).log_softmax(1) for x in (teacher, single))
+    found = kd.divergence(log_p, log_q, kind, temperature).sum()
+    found.backward()
+    assert abs(found.item() - wanted.item()) < 1e-6 * wanted.item()
+    assert (single.grad - gradient).abs().max() < 1e-5
+
+
+def test_teacher_equal_to_student_gives_zero(tiny, rows, tmp_path):
+    for kind in ("forward_kl", "reverse_kl", "jsd", "skew"):
+        flags = {"teacher_model": tiny, "kd_coef": 1.0, "kd_loss": kind, "max_samples": 20}
+        step = run(pretrain=tiny, dataset=rows, save_path=str(tmp_path / kind), **flags)[0]
+        assert abs(step["loss"]) < 1e-6 and step["grad_norm"] < 1e-6
+
+
+def test_kd_coef_zero_is_sft(tiny, teacher, rows, tmp_path):
+    flags = {"pretrain": tiny, "dataset": rows}
+    ours = run(**flags, teacher_model=teacher, kd_coef=0.0, save_path=str(tmp_path / "kd"))
+    theirs = run(sft, **flags, save_path=str(tmp_path / "sft"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-6 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-6
+
+
+def test_splits_and_topk_give_the_same_steps(tiny, teacher, rows, tmp_path):
+    """Micro-batch, ZeRO stage, packing, ranks, live or cached (K = vocabulary) teacher: 3 steps to 1e-5."""
+    base = {"pretrain": tiny, "teacher_model": teacher, "dataset": rows, "kd_temperature": 2.0, "kd_loss": "jsd"}
+    base["teacher_cache"] = str(tmp_path / "cache")
+    splits = {
+        "micro8": {},
+        "micro1": {"micro_train_batch_size": 1},
+        "zero3": {"zero_stage": 3, "micro_train_batch_size": 3},
+        "packing": {"packing_samples": True, "micro_train_batch_size": 2, "zero_stage": 1},
+        "topk": {"teacher_topk": 100_000},
+        "topk-zero3": {"teacher_topk": 100_000, "zero_stage": 3},
+    }
+    runs = {name: run(**base, **changes, save_path=str(tmp_path / name)) for name, changes in splits.items()}
+    configs = [{**SETTINGS, **base, **c, "save_path": str(tmp_path / f"two-{n}")} for n, c in splits.items()]
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = str(Path(__file__).parent / "launch.py")
+    subprocess.run([*command, launch, "kd", str(tmp_path / "configs.json")], check=True, timeout=300)
+    for name in splits:
+        lines = (tmp_path / f"two-{name}" / "metrics.jsonl").read_text().splitlines()
+        runs[f"two-{name}"] = [json.loads(line) for line in lines]
+    first = runs["micro8"]
+    assert len(first) == 3 and first[0]["kd_loss"] > 0.01
+    for name, steps in runs.items():
+        for step, known in zip(steps, first, strict=True):
+            for key in ("loss", "kd_loss", "ce_loss", "grad_norm"):
+                assert abs(step[key] - known[key]) <= 1e-5 * max(1, known[key]), (name, key)
+
+
+def test_topk_is_a_lower_bound_that_grows_with_k(tiny, teacher, rows, tmp_path, capsys):
+    flags = {"pretrain": tiny, "teacher_model": teacher, "dataset": rows, "max_samples": 20}
+    flags["teacher_cache"] = str(tmp_path / "cache")
+    losses = [run(**flags, teacher_topk=k, save_path=str(tmp_path / f"k{k}"))[0]["kd_loss"] for k in (1, 16, 64, 0)]
+    assert losses == sorted(losses) and losses[2] > 0.3 * losses[3]  # merging outcomes only hides divergence
+    capsys.readouterr()
+    run(**flags, teacher_topk=64, learning_rate=2e-3, save_path=str(tmp_path / "again"))
+    assert "rows\n" not in capsys.readouterr().out.split("teacher:")[1]  # found, not computed again
+
+
+def test_forward_kl_covers_modes_reverse_kl_picks_one():
+    """A student that can only be one bump, on a teacher with two: the textbook picture of the two divergences."""
+    x = torch.linspace(-6, 6, 200)
+    log_p = torch.logsumexp(torch.stack([-((x - 3) ** 2) * 2, -((x + 3) ** 2) * 2]), 0).log_softmax(0)[None]
+    spread = {}
+    for kind in ("forward_kl", "reverse_kl"):
+        mean, log_std = torch.tensor(1.5, requires_grad=True), torch.tensor(0.0, requires_grad=True)
+        optimizer = torch.optim.Adam([mean, log_std], lr=0.05)
+        for _ in range(600):
+            log_q = (-((x - mean) ** 2) / (2 * log_std.exp() ** 2)).log_softmax(0)[None]
+            loss = kd.divergence(log_p, log_q, kind, 1.0).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        spread[kind] = (mean.item(), log_std.exp().item())
+    assert abs(spread["forward_kl"][0]) < 0.2 and spread["forward_kl"][1] > 2.5  # between the modes, wide
+    assert abs(spread["reverse_kl"][0] - 3) < 0.2 and spread["reverse_kl"][1] < 0.8  # on one mode, narrow
+
+
+def test_another_tokenizer_stops(tiny, rows, tmp_path, capsys):
+    folder = make_model(tmp_path / "t", make_tokenizer(vocab_size=290))
+    with pytest.raises(SystemExit) as e:
+        run(pretrain=tiny, teacher_model=folder, dataset=rows, save_path=str(tmp_path / "x"))
+    message = capsys.readouterr().err
+    assert e.value.code == 2 and "another tokenizer" in message and message.count("\n") == 1
+    with pytest.raises(SystemExit):
+        run(pretrain=tiny, dataset=rows, save_path=str(tmp_path / "x"))
+    assert "--teacher_model is missing" in capsys.readouterr().err
