@@ -129,7 +129,9 @@ class Args:
     seed: int = 42
     """Seed of everything random: data order, LoRA's start and dropout."""
     post_processor: str | None = None
-    """rm: what becomes of the scored rows; rs = only the best sample of each prompt. Default: all rows."""
+    """rm: what becomes of the scored rows; rs = the best of each prompt, iter_dpo = best against worst."""
+    min_margin: float = 0.0
+    """With --post_processor iter_dpo: a pair's rewards differ by more than this."""
     # from here on, flags do not decide the result
     scored_path: str | None = None
     """rm: keep all scored rows in this .jsonl, next to the post-processor's output."""
@@ -472,16 +474,19 @@ def score_text(row, keys, tokenizer, openrlhf, args):
         return render(tokenizer, prompt, response.removesuffix(tokenizer.eos_token), args, reason)
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     text, spans, *_ = chat_text(tokenizer, messages, multiturn=False)
+    start = spans[-1][0] if spans else 0
+    if start == 0 or (reason == "length" and response.strip() not in text[start:]):
+        raise ValueError("the chat template rewrites the response")
     if reason == "length":  # without what the template writes behind the answer
-        text = text[: text.find(response.strip(), spans[-1][0]) + len(response.strip())]
+        text = text[: text.index(response.strip(), start) + len(response.strip())]
     elif openrlhf:
         text = text.rstrip("\n")
     finished = openrlhf and reason != "length" and not text.endswith(tokenizer.eos_token)
-    return text, [(spans[-1][0], len(text))], finished, False
+    return text, [(start, len(text))], finished, False
 
 
 def make_score_trees(rows, tokenizer, openrlhf, args):
-    """(trees of the rows that can be scored, each with the indices of its rows; column of the prompt).
+    """(trees of the rows that can be scored, each with the indices of its rows; columns of prompt and response).
 
     Responses to the same prompt text hang together, at most micro_batch_size of them.
     """
@@ -507,7 +512,7 @@ def make_score_trees(rows, tokenizer, openrlhf, args):
             trees.append({**make_tree(encodings), "rows": indices})
     saved = sum(len(ids) for _, (_, (ids, _)) in encoded) / sum(map(tree_length, trees))
     note(f"data   {len(encoded):,} rows of {len(groups):,} prompts, {saved:.1f}x fewer tokens | {summary}")
-    return trees, keys[0]
+    return trees, keys
 
 
 # --- packing, attention
@@ -798,7 +803,8 @@ def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
     """Each prompt is one request for all its samples; the engine stays full, what finishes goes to disk."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": context_limit(args)}
+    limit = context_limit(args)
+    settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": limit}
     settings |= {"tensor_parallel_size": args.tp_size, "max_num_seqs": args.max_num_seqs}
     settings |= {"gpu_memory_utilization": args.gpu_memory_utilization, "enable_prefix_caching": True}
     settings |= {"trust_remote_code": args.trust_remote_code, "use_tqdm_on_load": False}
@@ -806,6 +812,8 @@ def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         settings |= {"enforce_eager": True, "block_size": 32}  # samples share whole blocks of a prompt
+        # half a prompt in a step ends a seeded request: "CPU Generator does not use offset"
+        settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, limit)}
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -1033,14 +1041,39 @@ def score(trees, parts, args, rank, world_size, device):
         progress.add(len(indices), sum(map(tree_length, bin)))
 
 
-def best_samples(rows, key):
+def best_samples(rows, keys, args):
     """Rejection sampling: of each prompt the row of highest reward; the first wins ties, null never wins."""
     best = {}
     for row in rows:
-        prompt = json.dumps([row.get("id"), row.get(key)], default=str)
+        prompt = json.dumps([row.get("id"), row.get(keys[0])], default=str)
         if row["reward"] is not None and (prompt not in best or row["reward"] > best[prompt]["reward"]):
             best[prompt] = row
     return list(best.values())
+
+
+def best_and_worst(rows, keys, args):
+    """Iterative DPO: of each prompt id the rows of highest and of lowest reward, as a pair for dpo.py.
+
+    No pair without two different responses, or where their rewards are as close as --min_margin.
+    """
+    prompt_key, response_key = keys
+    if response_key is None:
+        die("--post_processor iter_dpo needs a column of responses, not whole conversations")
+    groups, pairs = collections.defaultdict(list), []
+    for row in rows:
+        if row["reward"] is not None:
+            groups[json.dumps(row.get("id", row[prompt_key]), default=str)].append(row)
+    for group in groups.values():
+        best, worst = (pick(group, key=lambda row: row["reward"]) for pick in (max, min))
+        differ = best[response_key] != worst[response_key]
+        if differ and best["reward"] - worst["reward"] > args.min_margin:
+            pair = {"id": best.get("id"), "prompt": best[prompt_key]}
+            for name, row in (("chosen", best), ("rejected", worst)):
+                pair |= {name: row[response_key], f"{name}_reward": row["reward"]}
+                pair[f"{name}_finish_reason"] = row.get("finish_reason")
+            pairs.append(pair)
+    note(f"pairs  {len(pairs):,} of {len(groups):,} prompts; the others have equal rewards or responses")
+    return pairs
 
 
 # --- main
@@ -1082,9 +1115,9 @@ def check_flags(args, world_size):
             die(f"--{name} must be between {low} and {high}, not {getattr(args, name)}")
     if args.temperature == 0 and args.best_of_n > 1:
         die(f"--greedy_sampling gives the same answer each time: --best_of_n {args.best_of_n} makes no sense")
-    if args.post_processor not in (None, "rs"):
-        why = "not available yet" if args.post_processor in ("csft", "iter_dpo") else "unknown"
-        die(f"--post_processor {args.post_processor}: {why}; there is rs")
+    if args.post_processor not in (None, "rs", "iter_dpo"):
+        why = "not available yet" if args.post_processor == "csft" else "unknown"
+        die(f"--post_processor {args.post_processor}: {why}; there are rs and iter_dpo")
     if (args.post_processor or args.scored_path) and args.eval_task != "rm":
         die(f"--post_processor and --scored_path belong to --eval_task rm, not {args.eval_task}")
     if args.eval_task == "generate_vllm":
@@ -1113,15 +1146,19 @@ def agree(value, world_size):
     return values[0]
 
 
-def finish(args, rows, identity, key, started):
-    """Writes the outputs and, last, what made them; then the parts go. key: column of the prompt."""
+def finish(args, rows, identity, keys, started):
+    """Writes the outputs and, last, what made them; then the parts go. keys: columns of prompt and response."""
     meta = Path(f"{args.output_path}.meta.json")
-    best = best_samples(rows, key) if args.post_processor else rows
+    best = rows
+    if args.post_processor:
+        select = {"rs": best_samples, "iter_dpo": best_and_worst}[args.post_processor]
+        best = select(rows, keys, args)
     ends = [row["finish_reason"] == "stop" for row in rows if row.get("finish_reason")]
     numbers = {"finished": ends, "reward_mean": rewards_of(rows)}
     summary = {"rows": len(rows)}
     if best is not rows:
-        summary["selected"], numbers["selected_reward_mean"] = len(best), rewards_of(best)
+        summary["selected"] = len(best)
+        numbers["selected_reward_mean"] = [row.get("reward", row.get("chosen_reward")) for row in best]
     summary |= {name: float(np.mean(values)) for name, values in numbers.items() if values}
     meta.unlink(missing_ok=True)
     for path, result in zip(outputs(args), (best, rows), strict=False):
@@ -1142,11 +1179,11 @@ def rewards_of(rows):
 
 def main(args):
     rank, world_size, device = start(args)
-    started, key = time.time(), None
+    started, keys = time.time(), None
     tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
     rows = load_rows(args.dataset, args.dataset_probs, args.dataset_split, args.max_samples)
     if args.eval_task == "rm":
-        trees, key = make_score_trees(rows, tokenizer, is_openrlhf(model_config(args)), args)
+        trees, keys = make_score_trees(rows, tokenizer, is_openrlhf(model_config(args)), args)
     else:
         prompts = make_prompts(rows, tokenizer, args)
     identity = identify_stage(args, tokenizer) if rank == 0 else None
@@ -1158,12 +1195,17 @@ def main(args):
     kind, devices = "CPU" if device == "cpu" else "GPU", max(world_size, args.tp_size)
     dtype = "bf16" if args.bf16 else "fp32"
     note(f"model  {Path(args.pretrain).name} {dtype} | {args.eval_task} | {devices} x {kind}")
-    if args.eval_task == "rm":
-        score(trees, parts, args, rank, world_size, device)
-    elif args.eval_task == "generate":
-        generate(prompts, parts, tokenizer, stop_ids, args, rank, world_size, device)
-    else:
-        generate_vllm(prompts, parts, tokenizer, stop_ids, args)
+    try:
+        if args.eval_task == "rm":
+            score(trees, parts, args, rank, world_size, device)
+        elif args.eval_task == "generate":
+            generate(prompts, parts, tokenizer, stop_ids, args, rank, world_size, device)
+        else:
+            generate_vllm(prompts, parts, tokenizer, stop_ids, args)
+    except SystemExit:
+        if rank == 0 and not parts.read():  # stopped before any result: nothing stays
+            shutil.rmtree(parts.folder)
+        raise
     parts.file.close()
     if world_size > 1:
         dist.barrier()
@@ -1174,7 +1216,7 @@ def main(args):
             results = [{**row, "reward": rewards.get(i)} for i, (_, row) in enumerate(rows)]
         else:
             results = [found[prompt.id, k] for prompt in prompts for k in range(args.best_of_n)]
-        finish(args, results, identity, key, started)
+        finish(args, results, identity, keys, started)
         lock.close()
 
 

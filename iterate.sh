@@ -7,6 +7,7 @@
 #   GENERATE_FLAGS="--input_key prompt --apply_chat_template --tp_size 8" TRAIN_FLAGS="--zero_stage 3" bash iterate.sh
 #
 # METHOD=raft (arXiv:2304.06767): the best of n samples of each prompt become the rows that sft.py trains on.
+# METHOD=iter_dpo (arXiv:2405.07863): the best against the worst of n samples become the pairs that dpo.py trains on.
 # N iterations leave N + 1 measurements of the policy's own samples: iter_0 is the start policy, iter_N the last.
 set -euo pipefail
 
@@ -36,8 +37,9 @@ notice() { echo "notice $*" >&2; }
 # --- checks, all of them before the first stage
 case $METHOD in
   raft) trainer=sft.py post_processor=rs ;;
-  iter_dpo | csft | distill) die "METHOD=$METHOD is not available yet" ;;
-  *) die "METHOD=$METHOD: choose raft" ;;
+  iter_dpo) trainer=dpo.py post_processor=iter_dpo ;;
+  csft | distill) die "METHOD=$METHOD is not available yet" ;;
+  *) die "METHOD=$METHOD: choose raft or iter_dpo" ;;
 esac
 toy=
 if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET ]]; then
@@ -45,8 +47,8 @@ if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET ]]; then
   POLICY_MODEL_PATH=$toy/policy RM_MODEL_PATH=$toy/rm PROMPT_DATASET=$toy/prompts.jsonl
   GENERATE_FLAGS="--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64 $GENERATE_FLAGS"
   RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS"
-  TRAIN_FLAGS="--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 --learning_rate 1e-3 \
-    $TRAIN_FLAGS"
+  TRAIN_FLAGS="--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 \
+    --learning_rate $([[ $METHOD == raft ]] && echo 1e-3 || echo 2e-4) $TRAIN_FLAGS"
 fi
 : "${OUT:=runs/$METHOD}"
 OUT=${OUT%/}
@@ -66,7 +68,7 @@ for name in POLICY_MODEL_PATH RM_MODEL_PATH PROMPT_DATASET REF_MODEL_PATH; do
 done
 [[ $REF == @(|init|prev) ]] || die "REF=$REF: init or prev; another model is REF_MODEL_PATH"
 [[ -z $REF_MODEL_PATH || $REF != prev ]] || die "REF_MODEL_PATH and REF=prev contradict each other: set one of them"
-[[ -z $REF_MODEL_PATH$REF ]] || notice "REF_MODEL_PATH, REF: METHOD=$METHOD has no reference model"
+[[ $METHOD == iter_dpo || -z $REF_MODEL_PATH$REF ]] || notice "REF_MODEL_PATH, REF: METHOD=$METHOD has no reference model"
 [[ -z ${ITER_LOG_PATH:-} ]] || notice "ITER_LOG_PATH is not used: OUT=$OUT knows which stages are done"
 for path in "$GENERATE_OUTPUT" "$RM_OUTPUT" "${MODEL_OUTPUT_PATH:+$MODEL_OUTPUT_PATH/config.json}"; do
   [[ ! -e $path || -L $path ]] || die "$path is there and not a link of ours: choose another name for our link"
@@ -176,8 +178,11 @@ for ((k = 0; k <= TRAINING_ITERS; k++)); do
     --output_path "$dir/rm.jsonl" "${rm_flags[@]}"
   publish "$dir/rm.jsonl" "$RM_OUTPUT"
   ((k < TRAINING_ITERS)) || break # the last policy is only measured
+  reference=()
+  [[ $METHOD != iter_dpo || $REF == prev || $k == 0 && -z $REF_MODEL_PATH ]] ||
+    reference=(--ref_pretrain "${REF_MODEL_PATH:-$POLICY_MODEL_PATH}")
   stage "$dir" train "$dir/model" "${ranks[@]}" "$here/$trainer" --pretrain "$policy" --dataset "$dir/rm.jsonl" \
-    --save_path "$dir/model" "${train_flags[@]}"
+    --save_path "$dir/model" "${reference[@]}" "${train_flags[@]}"
   publish "$dir/model" "$MODEL_OUTPUT_PATH"
   policy=$dir/model
 done

@@ -1,4 +1,4 @@
-"""batch_infer.py: samples and rewards against Hugging Face's, independence of batch and ranks, resume, bad input."""
+"""batch_infer.py: samples and rewards against Hugging Face, independence of batch and ranks, resume, bad input."""
 
 import functools
 import importlib.util
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -416,6 +417,7 @@ def test_not_a_reward_model(home, samples, tmp_path, capsys):
     make_tokenizer().save_pretrained(tmp_path / "two")
     line = stops(capsys, home, "rm", tmp_path / "b.jsonl", pretrain=str(tmp_path / "two"), **flags)
     assert "score.weight is [2, 64]: the head of a reward model has one label" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
 
 
 def test_bf16_keeps_the_head_in_fp32(home, samples, tmp_path):
@@ -461,9 +463,29 @@ def test_rows_that_cannot_be_scored_get_null(home, tmp_path, capsys):
 def test_rejection_sampling():
     rewards = [(0, 1.0), (0, 3.0), (0, 3.0), (1, None), (1, -2.0), (2, None), (1, -3.0)]
     rows = [{"id": i, "sample": n, "input": "x", "reward": r} for n, (i, r) in enumerate(rewards)]
-    assert [row["sample"] for row in script.best_samples(rows, "input")] == [1, 4]
+    assert [row["sample"] for row in script.best_samples(rows, ("input", "output"), None)] == [1, 4]
     rows = [{"question": q, "reward": r} for q, r in (("a", 1), ("b", 1), ("a", 2))]
-    assert [row["reward"] for row in script.best_samples(rows, "question")] == [2, 1]
+    assert [row["reward"] for row in script.best_samples(rows, ("question", None), None)] == [2, 1]
+
+
+def test_iterative_dpo_pairs(capsys):
+    """Best against worst of an id; no pair from ties, one response, null rewards or a margin that is too small."""
+    rows = [
+        {"id": i, "sample": n, "input": "same text", "output": text, "finish_reason": "stop", "reward": reward}
+        for n, (i, text, reward) in enumerate(
+            [(0, "a", 1.0), (0, "b", 3.0), (0, "c", -2.0), (0, "d", None), (1, "a", 1.0), (1, "b", 1.0)]
+            + [(2, "a", 1.0), (2, "a", 2.0), (3, "a", 0.0), (3, "b", 0.5), (4, "a", 1.0)]
+        )
+    ]
+    margin = lambda value: SimpleNamespace(min_margin=value)  # noqa: E731
+    pairs = script.best_and_worst(rows, ("input", "output"), margin(0.0))
+    assert [(p["id"], p["chosen"], p["rejected"]) for p in pairs] == [(0, "b", "c"), (3, "b", "a")]
+    assert pairs[0] == {
+        **{"id": 0, "prompt": "same text", "chosen": "b", "rejected": "c", "chosen_reward": 3.0},
+        **{"rejected_reward": -2.0, "chosen_finish_reason": "stop", "rejected_finish_reason": "stop"},
+    }
+    assert "2 of 5 prompts" in capsys.readouterr().out
+    assert [p["id"] for p in script.best_and_worst(rows, ("input", "output"), margin(0.5))] == [0]
 
 
 def test_post_processor_and_scored_path(home, samples, tmp_path):

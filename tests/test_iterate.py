@@ -296,7 +296,7 @@ def test_links_to_the_newest(loop):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(METHOD="iter_dpo"), "METHOD=iter_dpo is not available yet"),
+        (dict(METHOD="distill"), "METHOD=distill is not available yet"),
         (dict(METHOD="ppo"), "METHOD=ppo: choose raft"),
         (dict(TRAINING_ITERS="three"), "TRAINING_ITERS=three is not a whole number above 0"),
         (dict(BEST_OF_N="0"), "BEST_OF_N=0 is not a whole number above 0"),
