@@ -136,7 +136,7 @@ class Args:
     scored_path: str | None = None
     """rm: keep all scored rows in this .jsonl, next to the post-processor's output."""
     micro_batch_size: int = 16
-    """generate: prompts, rm: responses per forward pass and rank; changes speed and memory, never the result."""
+    """generate: prompts, rm: responses per forward pass and rank; never changes the result."""
     tp_size: int = 1
     """vLLM: devices that share the model (tensor parallel)."""
     max_num_seqs: int = 256
@@ -238,8 +238,8 @@ def find_keys(rows, given, flags, layouts):
     return fits[0] if fits else die(f"{where}: columns {', '.join(row)}: which? use: {' '.join(flags)}")
 
 
-# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether EOS
-# may follow the last, whether the tokenizer puts its BOS in front. ValueError: the row cannot be used, and why.
+# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether
+# EOS may follow, whether the tokenizer's BOS belongs in front. A ValueError says why a row cannot be used.
 
 
 def load_tokenizer(path, args):
@@ -278,8 +278,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be asked
-    for. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be
+    asked for. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -486,7 +486,7 @@ def score_text(row, keys, tokenizer, openrlhf, args):
 
 
 def make_score_trees(rows, tokenizer, openrlhf, args):
-    """(trees of the rows that can be scored, each with the indices of its rows; columns of prompt and response).
+    """(trees of the rows that can be scored, each with its rows' indices; columns of prompt and response).
 
     Responses to the same prompt text hang together, at most micro_batch_size of them.
     """
@@ -609,7 +609,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
     lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
-    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # spans have no gaps
+    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # no gaps
     for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
         if p_end == p_start:
             first = k, v  # of the segment that begins with the prompt
@@ -1147,7 +1147,7 @@ def agree(value, world_size):
 
 
 def finish(args, rows, identity, keys, started):
-    """Writes the outputs and, last, what made them; then the parts go. keys: columns of prompt and response."""
+    """Writes the outputs and, last, what made them; then the parts go. keys: of prompt and response."""
     meta = Path(f"{args.output_path}.meta.json")
     best = rows
     if args.post_processor:

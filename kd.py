@@ -3,29 +3,31 @@
     loss = (1 - kd_coef) * CE + kd_coef * KD,  both means over the same N trained tokens of the optimiser step
     forward_kl   T^2 KL(p || q)                        p, q = softmax(teacher / T), softmax(student / T)
     reverse_kl   T^2 KL(q || p)
-    jsd          T^2 (KL(p || m) + KL(q || m)) / 2     m = (p + q) / 2            (GKD, arXiv:2306.13649, beta 0.5)
+    jsd          T^2 (KL(p || m) + KL(q || m)) / 2     m = (p + q) / 2            (arXiv:2306.13649, beta 0.5)
     skew         T^2 KL(p || 0.1 p + 0.9 q)            (DistiLLM, arXiv:2402.03898, Eq. 3, alpha 0.1)
-T^2 keeps the gradient's size when the temperature changes (arXiv:1503.02531). p and q are over the tokenizer's
-vocabulary, without the rows that models pad it with; CE is over the student's full one, so --kd_coef 0 is sft.py.
+T^2 keeps the gradient's size when the temperature changes (arXiv:1503.02531). p and q are over the
+tokenizer's vocabulary, without the rows that models pad it with; CE is over the student's full one, so that
+--kd_coef 0 is sft.py.
 
-On-policy: METHOD=distill bash iterate.sh trains with reverse_kl on the student's own samples. MiniLLM (arXiv:2306.08543)
-descends the gradient of the sequence-level reverse KL by policy gradient, whose return sums the log-ratios of all later
-tokens; here each token's full-vocabulary KL(q || p) is descended exactly and later tokens are left out of the
-gradient (MiniLLM's single-step part alone): lower variance, no credit for where a token leads.
+On-policy: --dataset with the student's own samples (batch_infer.py writes them), --kd_loss reverse_kl. MiniLLM
+(arXiv:2306.08543) follows the policy gradient of the sequence-level reverse KL, whose return sums the
+log-ratios of all later tokens; here each token's full-vocabulary KL(q || p) is descended exactly, and later
+tokens are left out of the gradient (MiniLLM's single-step part alone): lower variance, no credit for where a
+token leads.
 
-Deviations from the usual trainer: those of sft.py (exact under any split of the batch, no padding, no logits), and
+Deviations from the usual trainer: those of sft.py (exact under any split of the batch, no padding), and
  1. Neither the student's nor the teacher's [tokens, vocabulary] exists: both heads run over the same chunks.
- 2. --teacher_topk K --teacher_cache DIR: one pass of the teacher writes its K most likely tokens, the rest is one
-    more outcome; later runs need no teacher in memory.
+ 2. --teacher_topk K --teacher_cache DIR: one pass of the teacher writes its K most likely tokens, the rest is
+    one more outcome; later runs need no teacher in memory.
 
 A data row: as sft.py, {"input": "Q: 2+2?\\nA:", "output": " 4"} or {"messages": [...]}
 
 Commands:
     python kd.py --pretrain STUDENT --teacher_model TEACHER --dataset rows.jsonl --save_path runs/kd
-    deepspeed --num_gpus 8 kd.py --pretrain STUDENT --teacher_model TEACHER --dataset rows.jsonl --zero_stage 3
+    deepspeed --num_gpus 8 kd.py --pretrain STUDENT --teacher_model TEACHER --dataset x.jsonl --zero_stage 3
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 kd.py ...
     python kd.py --pretrain runs/toy/toy/policy_init --teacher_model runs/toy/toy/policy \\
-        --dataset runs/toy/toy/sft.jsonl --no-bf16                                                  # smoke run
+        --dataset runs/toy/toy/sft.jsonl --no-bf16                                               # smoke run
 """
 
 import collections
@@ -110,15 +112,15 @@ class Args:
     teacher_model: str = ""
     """The teacher: a Hugging Face folder or hub name with the student's tokenizer."""
     teacher_offload: bool = False
-    """With --zero_stage 3: keep the teacher's shards in CPU memory. --teacher_topk needs no teacher in memory."""
+    """With --zero_stage 3: keep the teacher's shards in CPU memory."""
     teacher_topk: int = 0
-    """Distil from this many most likely tokens of the teacher, computed once; 0 = its full distribution, live."""
+    """Distil from this many likeliest tokens of the teacher, computed once; 0 = all of them, live."""
     teacher_cache: str = "~/.cache/flatalign"
     """Folder for what --teacher_topk computes: 8 x (K + 1) bytes per trained token."""
     kd_coef: float = 0.4
     """Weight of the distillation term, 0 to 1; the rest goes to the cross-entropy with the data."""
     kd_loss: Literal["forward_kl", "reverse_kl", "jsd", "skew"] = "forward_kl"
-    """The divergence: forward_kl covers the teacher's modes, reverse_kl seeks one; jsd and skew stand between."""
+    """The divergence: forward_kl covers the teacher's modes, reverse_kl seeks one; the others are between."""
     kd_temperature: float = 1.0
     """Softmax temperature of teacher and student in the distillation term, above 0."""
     # optimisation
@@ -302,8 +304,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be asked
-    for. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be
+    asked for. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -508,7 +510,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
     lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
-    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # spans have no gaps
+    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # no gaps
     for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
         if p_end == p_start:
             first = k, v  # of the segment that begins with the prompt
@@ -569,17 +571,18 @@ class LogProbs(nn.Module):
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
         chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
-        return torch.cat([checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks])
+        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts)
 
     def forward(self, pack):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
 class DistillLogProbs(LogProbs):
-    """The student as forward(pack) -> [N, 2]: the log-prob of each trained token, and the divergence from the teacher.
+    """The student as forward(pack) -> [N, 2]: each trained token's log-prob and divergence from the teacher.
 
-    The teacher is a LogProbs, or None where every tree has "teacher" [n, 2K + 2]: log-probs and ids of K tokens, of
-    the rest of the vocabulary (its id is -1).
+    The teacher is a LogProbs, or None where every tree has "teacher" [n, 2K + 2]: log-probs and ids of K
+    tokens, and of the rest of the vocabulary (its id is -1).
     """
 
     CHUNK_BYTES = 2**25  # several tensors of this size live at once
@@ -587,11 +590,11 @@ class DistillLogProbs(LogProbs):
     def __init__(self, model, teacher, vocabulary, kd_loss, temperature):
         super().__init__(model)
         self.options, self.vocabulary, self.temperature = (kd_loss, temperature), vocabulary, temperature
-        self.teacher = None if teacher is None else [getattr(teacher, "module", teacher)]  # hidden from state dict
+        self.teacher = None if teacher is None else [getattr(teacher, "module", teacher)]  # no submodule
         if teacher is not None:
             head = self.teacher[0].parts[1]
             sharded = [p for p in head.parameters() if hasattr(p, "ds_id")]
-            with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):  # whole, as chunks differ by rank
+            with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):  # chunks differ by rank
                 self.teacher_head = [p.detach().clone() if sharded else p.detach() for p in head.parameters()]
 
     def log_softmax(self, logits):
@@ -622,7 +625,7 @@ class DistillLogProbs(LogProbs):
 
 
 def top_and_rest(logps, ids):
-    """logps [C, V], ids [C, K] -> [C, K + 1]: the log-probs of K tokens and of all others; [C, K] where K = V."""
+    """logps [C, V], ids [C, K] -> [C, K + 1]: log-probs of K tokens and of all others; [C, K] where K = V."""
     top = logps.gather(1, ids)
     if top.shape[1] == logps.shape[1]:
         return top
@@ -630,7 +633,7 @@ def top_and_rest(logps, ids):
 
 
 class TopK(LogProbs):
-    """The teacher as forward(pack) -> [N, 2K + 2]: the K largest log-probs and that of the rest, their ids and -1."""
+    """The teacher as forward(pack) -> [N, 2K + 2]: K log-probs and the rest's, then their ids and -1."""
 
     def __init__(self, model, k, vocabulary, temperature):
         super().__init__(model)
@@ -641,7 +644,8 @@ class TopK(LogProbs):
         log_p = logits.log_softmax(1)
         ids = log_p.topk(self.k, 1).indices
         values = top_and_rest(log_p, ids)
-        return torch.cat([values, F.pad(ids.float(), (0, values.shape[1] - self.k), value=-1)], 1)  # exact below 2^24
+        ids = F.pad(ids.float(), (0, values.shape[1] - self.k), value=-1)  # exact below 2^24
+        return torch.cat([values, ids], 1)
 
     def forward(self, pack):
         if "where" not in pack["trees"][0]:
@@ -653,7 +657,7 @@ class TopK(LogProbs):
 
 
 def divergence(log_p, log_q, kind, temperature):
-    """T^2 times the divergence of log_p (teacher) and log_q (student), both [N, V] at temperature T. Returns [N]."""
+    """T^2 times the divergence of log_p (teacher), log_q (student), [N, V] at temperature T. Returns [N]."""
 
     def kl(a, b):
         return (a.exp() * (a - b)).sum(1)
@@ -883,8 +887,8 @@ def setup(args):
             die(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.zero_stage not in range(4) or not args.dataset:
         die(f"--zero_stage must be 0 to 3, not {args.zero_stage}" if args.dataset else "--dataset is missing")
-    if args.load_checkpoint:
-        note("notice --load_checkpoint: resuming is automatic")
+    if args.load_checkpoint or args.flash_attn:
+        note("notice --load_checkpoint and --flash_attn change nothing: both are always on")
     if args.input_template is not None:
         args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
         if "{}" not in args.input_template:
@@ -1018,12 +1022,12 @@ def frozen_model(path, args, device, offload, wrapper=LogProbs):
 def teacher_topk(trees, weights, vocabulary, args, device):
     """Gives each tree "teacher" [n, 2K + 2] (see TopK), computed once and kept in --teacher_cache.
 
-    The key is a hash of what decides it: token ids, trained masks, the teacher's fingerprint, K, temperature, dtype.
+    The key is a hash of what decides it: token ids, masks, the teacher's fingerprint, K, temperature, dtype.
     """
     lengths = [int(trained.sum()) for tree in trees for trained in tree["trained"]]
     rank, world_size, state = dist.get_rank(), dist.get_world_size(), [None]
     if rank == 0:
-        key = hashlib.sha256(repr(("v1", weights, args.teacher_topk, args.kd_temperature, args.bf16)).encode())
+        key = hashlib.sha256(repr((weights, args.teacher_topk, args.kd_temperature, args.bf16)).encode())
         for tree in trees:
             for array in (tree["prompt"], *tree["responses"], *tree["trained"]):
                 key.update(len(array).to_bytes(8, "little") + array.tobytes())
@@ -1046,7 +1050,8 @@ def teacher_topk(trees, weights, vocabulary, args, device):
             batch = trees[begin : begin + size]
             sizes = [int(tree["trained"][0].sum()) for tree in batch]
             flat = torch.zeros(sum(sizes), width, device=device)
-            for bin in split_step(list(map(tree_length, batch)), world_size, args.micro_train_batch_size)[rank]:
+            bins = split_step(list(map(tree_length, batch)), world_size, args.micro_train_batch_size)
+            for bin in bins[rank]:
                 members = bin or [0]  # an empty bin runs a dummy, as every forward may be a collective
                 found = teacher(pack_trees([batch[j] for j in members], device))
                 for j, values in zip(bin, found.split([sizes[j] for j in members]), strict=False):

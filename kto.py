@@ -1,34 +1,34 @@
-"""Kahneman-Tversky optimisation (KTO) in one file: preferences without pairs, each response good or bad by itself.
+"""Kahneman-Tversky optimisation (KTO) in one file: preferences without pairs, each response good or bad.
 
 With r = sum_t log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t), the loss is the mean over the rows of a step of
 
-    desirable    w_D (1 - sigmoid(beta (r - z0)))        Eq. 7-8 of arXiv:2402.01306, w_D, w_U its lambda_D, lambda_U
+    desirable    w_D (1 - sigmoid(beta (r - z0)))      Eq. 7-8 of arXiv:2402.01306, w_D, w_U its lambda_D, _U
     undesirable  w_U (1 - sigmoid(beta (z0 - r)))
-    z0 = max(0, mean over the rows of r(y'))             y': the response of another row of the step; no gradient
-    --loss_type apo_zero_unpaired: 1 - sigmoid(beta r) and sigmoid(beta r), no z0     Eq. 5 of arXiv:2408.06266
+    z0 = max(0, mean over the rows of r(y'))           y': the response of another row; no gradient
+    --apo_zero_unpaired: 1 - sigmoid(beta r) and sigmoid(beta r), no z0     Eq. 5 of arXiv:2408.06266
 
 Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts are printed, with a weight that does it.
 
 Deviations from the usual trainer:
- 1. z0 is one number per optimiser step, over its whole batch on all ranks: no micro-batch of its own, so the split
-    of the batch does not matter. It costs a forward pass over the mismatched responses before each step.
- 2. y' is the next row's response in the shuffled batch, the next different one: never y itself while there is another.
+ 1. z0 is one number per optimiser step, over its whole batch on all ranks, so the split of the batch does not
+    matter. It costs a forward pass over the mismatched responses before each step.
+ 2. y' is the next different response in the shuffled batch: never y itself while there is another.
  3. Rows are shuffled so that both classes are spread evenly over the batches.
  4. The reference's log-probs, of mismatched rows too (the seed fixes them: once more the data per epoch), are
     computed before the policy is loaded, and kept in --cache_dir.
  5. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
 
-Metrics: kl = z0; rewards/chosen, rewards/rejected = beta r, mean over desirable, undesirable rows; logps/* = sums in nats.
+Metrics: kl = z0; rewards/chosen, /rejected = beta r, means over desirable, undesirable rows; logps/* in nats.
 
 A data row, one of (other columns: --input_key, --output_key, --label_key; pairs become two rows):
-    {"prompt": "2+2?", "completion": "4", "label": true}           text or messages; label: true, false, 1, 0, "True" ...
+    {"prompt": "2+2?", "completion": "4", "label": true}     text or messages; label: true, 1, "True", ...
     {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 
 Commands:
     python kto.py --pretrain MODEL --dataset rows.jsonl --save_path runs/kto           # one GPU, or a CPU
     deepspeed --num_gpus 8 kto.py --pretrain MODEL --dataset rows.jsonl --zero_stage 3 --packing_samples
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 kto.py ...
-    python kto.py --pretrain runs/toy/toy/policy --dataset rows.jsonl --no-bf16                       # smoke run
+    python kto.py --pretrain runs/toy/toy/policy --dataset rows.jsonl --no-bf16                # smoke run
 """
 
 import collections
@@ -102,16 +102,16 @@ class Args:
     output_key: str | None = None
     """Column of the response. Without it, input_key holds conversations (or texts, with --pretrain_mode)."""
     label_key: str = "label"
-    """Column that says whether the response is desirable: true or false, 1 or 0. Not read where rows are pairs."""
+    """Column that says whether the response is desirable: true or false, 1 or 0. Pairs need none."""
     input_template: str | None = None
     """Format of a plain text prompt, such as "User: {}\\nAssistant: "."""
     apply_chat_template: bool = False
     """Wrap plain text rows as one user and one assistant turn in the tokenizer's chat template."""
     # loss
     beta: float = 0.1
-    """How much the policy is held to the reference, above 0: larger stays nearer."""
-    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """KTO, or APO-zero for unpaired rows, which has no z0."""
+    """How closely the policy keeps to the reference, above 0: 0.1 is usual, 2 to 10 for means per token."""
+    apo_zero_unpaired: bool = False
+    """APO-zero for unpaired rows in place of KTO: no z0."""
     desirable_loss_weight: float = 1.0
     """lambda_D, weight of desirable rows."""
     undesirable_loss_weight: float = 1.0
@@ -303,8 +303,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be asked
-    for. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be
+    asked for. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -509,7 +509,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
     lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
-    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # spans have no gaps
+    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # no gaps
     for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
         if p_end == p_start:
             first = k, v  # of the segment that begins with the prompt
@@ -570,7 +570,8 @@ class LogProbs(nn.Module):
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
         chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
-        return torch.cat([checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks])
+        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts)
 
     def forward(self, pack):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
@@ -800,8 +801,8 @@ def setup(args):
             die(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.zero_stage not in range(4) or not args.dataset:
         die(f"--zero_stage must be 0 to 3, not {args.zero_stage}" if args.dataset else "--dataset is missing")
-    if args.load_checkpoint:
-        note("notice --load_checkpoint: resuming is automatic")
+    if args.load_checkpoint or args.flash_attn:
+        note("notice --load_checkpoint and --flash_attn change nothing: both are always on")
     if args.input_template is not None:
         args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
         if "{}" not in args.input_template:
@@ -1086,7 +1087,8 @@ def unpaired_rows(rows, args):
             for where, row in rows
             for key in ("chosen", "rejected")
         ]
-    layouts = [(p, r) for p in ("prompt", "input", "instruction", "question") for r in ("completion", "output", "response")]
+    responses = ("completion", "output", "response")
+    layouts = [(p, r) for p in ("prompt", "input", "instruction", "question") for r in responses]
     layouts += [("messages", None), ("conversations", None)]
     flags = ("--input_key", "--output_key")
     prompt_key, response_key = find_keys(rows, (args.input_key, args.output_key), flags, layouts)
@@ -1104,7 +1106,8 @@ def response_texts(row, tokenizer, args):
     prompt, response = row.get("prompt"), row["response"]
     if isinstance(response, str) and not response.strip():
         raise ValueError("empty response")
-    if isinstance(response, list) and response and as_messages(response, "assistant")[0]["role"] != "assistant":
+    turns = as_messages(response, "assistant") if isinstance(response, list) else []
+    if turns and turns[0]["role"] != "assistant":
         prompt, response = response, []  # a whole conversation, which holds any prompt column too
     return [render(tokenizer, prompt, response, args, row.get("finish_reason"))]
 
@@ -1118,15 +1121,15 @@ def mismatched(batch, max_len):
         other = next((o for o in others if not np.array_equal(o["responses"][0], ids)), tree)
         room = max_len - len(tree["prompt"])
         response, trained = other["responses"][0][:room], other["trained"][0][:room]
-        where = f"{tree['where']} ~ {other['where']}"
-        trees.append({"prompt": tree["prompt"], "responses": [response], "trained": [trained], "where": where})
+        pair = {"prompt": tree["prompt"], "responses": [response], "trained": [trained]}
+        trees.append({**pair, "where": f"{tree['where']} ~ {other['where']}"})
     return trees
 
 
 def log_ratios(per_token_logps, pack):
     """(r, logps), [B] each: a pack's responses' log pi - log ref and log pi, in summed nats."""
-    ref = np.concatenate([tree["ref_logps"][0] for tree in pack["trees"]])
-    per_token = torch.stack([per_token_logps - torch.from_numpy(ref).to(per_token_logps.device), per_token_logps])
+    ref = torch.from_numpy(np.concatenate([tree["ref_logps"][0] for tree in pack["trees"]]))
+    per_token = torch.stack([per_token_logps - ref.to(per_token_logps.device), per_token_logps])
     return torch.zeros(2, len(pack["trees"]), device=per_token.device).index_add(1, pack["owners"], per_token)
 
 
@@ -1150,8 +1153,10 @@ def main(args):
         if not good or not bad:
             die(f"dataset {names!r}: {good} desirable and {bad} undesirable rows: KTO needs both")
         share = args.desirable_loss_weight * good / (args.undesirable_loss_weight * bad)
-        advice = "in" if 1 <= share <= 4 / 3 else f"--undesirable_loss_weight {good / bad / 1.15:.3g} puts it in"
-        note(f"labels {good:,} desirable, {bad:,} undesirable: w_D n_D / (w_U n_U) = {share:.2f}, {advice} [1, 4/3]")
+        weight = args.desirable_loss_weight * good / bad / 1.15
+        advice = "in" if 1 <= share <= 4 / 3 else f"--undesirable_loss_weight {weight:.3g} puts it in"
+        ratio = f"w_D n_D / (w_U n_U) = {share:.2f}, {advice} [1, 4/3]"
+        note(f"labels {good:,} desirable, {bad:,} undesirable: {ratio}")
         return trees, dropped
 
     inputs = {"data": args.dataset, "weights": args.pretrain}
@@ -1183,11 +1188,11 @@ def main(args):
     # --- algorithm: kto (model)
     reference = identity and identity.get("reference", identity["weights"])
     pairs, size_of_batch = [], args.train_batch_size
-    if args.loss_type == "kto":  # z0's prompts and responses are known now, as the seed decides every batch
+    if not args.apo_zero_unpaired:  # z0's rows are known now, as the seed decides every batch
         batches = [batch_of(step) for step in range(1, total_steps + 1)]
         batches += [eval_trees[i : i + size_of_batch] for i in range(0, len(eval_trees), size_of_batch)]
         pairs = [pair for batch in batches for pair in mismatched(batch, args.max_len)]
-        note(f"z0     {len(pairs):,} mismatched rows: one more forward pass each, of the reference and before each step")
+        note(f"z0     {len(pairs):,} mismatched rows: one more pass of the reference now, of the policy later")
     reference_logps(trees + eval_trees + pairs, args.ref_pretrain or args.pretrain, reference, args, device)
     ref_of = {pair["where"]: pair["ref_logps"] for pair in pairs}
     engine = start_engine(args, LogProbs)
@@ -1203,8 +1208,9 @@ def main(args):
 
     def make_loss(batch):
         weights, kl = (args.desirable_loss_weight, args.undesirable_loss_weight), torch.zeros(())
-        if args.loss_type == "kto":
-            others = [{**pair, "ref_logps": ref_of[pair["where"]]} for pair in mismatched(batch, args.max_len)]
+        if not args.apo_zero_unpaired:
+            others = mismatched(batch, args.max_len)
+            others = [{**pair, "ref_logps": ref_of[pair["where"]]} for pair in others]
 
             def kl_share(per_token_logps, pack):
                 share = log_ratios(per_token_logps, pack)[0].sum() / len(batch)
@@ -1217,7 +1223,7 @@ def main(args):
             good = torch.tensor([tree["label"] for tree in pack["trees"]], device=logps.device)
             loss = kto_loss(logratios, good, kl.to(logratios), args.beta, *weights).sum() / len(batch)
             shares = {"loss": loss, "kl": kl * len(good) / len(batch), "desirable": good.sum() / len(batch)}
-            for name, kind in (("chosen", good), ("rejected", ~good)):  # divided by the share of the kind below
+            for name, kind in (("chosen", good), ("rejected", ~good)):  # to be divided by the kind's share
                 shares[f"rewards/{name}"] = args.beta * (logratios * kind).sum() / len(batch)
                 shares[f"logps/{name}"] = (logps * kind).sum() / len(batch)
             return loss, shares
@@ -1262,12 +1268,13 @@ def main(args):
                 for key in (f"{prefix}rewards/{name}", f"{prefix}logps/{name}"):
                     metrics[key] = metrics[key] / share if share > 1e-9 else 0.0
             metrics[f"{prefix}desirable"] = good
-            metrics[f"{prefix}rewards/margins"] = metrics[f"{prefix}rewards/chosen"] - metrics[f"{prefix}rewards/rejected"]
+            chosen, rejected = (metrics[f"{prefix}rewards/{name}"] for name in ("chosen", "rejected"))
+            metrics[f"{prefix}rewards/margins"] = chosen - rejected
         if step == 1 > start_step and not args.ref_pretrain:
             good, weights = metrics["desirable"], (args.desirable_loss_weight, args.undesirable_loss_weight)
             known = (good * weights[0] + (1 - good) * weights[1]) / 2
             if abs(metrics["loss"] - known) > (0.05 if args.bf16 else 1e-5) * known:
-                die(f"step 1: the policy is the reference, so the loss must be {known}, but is {metrics['loss']}")
+                die(f"step 1: policy = reference, so the loss must be {known}, but is {metrics['loss']}")
         # --- end algorithm
         if rank == 0 and metrics and (step % args.logging_steps == 0 or step == total_steps or evaluates):
             log(step, metrics)

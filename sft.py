@@ -278,8 +278,8 @@ def as_messages(value, role):
 def chat_text(tokenizer, messages, multiturn):
     """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
 
-    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be asked
-    for. Templates with {% generation %} marks say themselves what the assistant writes.
+    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be
+    asked for. Templates with {% generation %} marks say themselves what the assistant writes.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
@@ -484,7 +484,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
         return out[None], None
     lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
-    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # spans have no gaps
+    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # no gaps
     for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
         if p_end == p_start:
             first = k, v  # of the segment that begins with the prompt
@@ -545,7 +545,8 @@ class LogProbs(nn.Module):
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
         chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
-        return torch.cat([checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks])
+        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts)
 
     def forward(self, pack):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
@@ -770,8 +771,8 @@ def setup(args):
             die(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.zero_stage not in range(4) or not args.dataset:
         die(f"--zero_stage must be 0 to 3, not {args.zero_stage}" if args.dataset else "--dataset is missing")
-    if args.load_checkpoint:
-        note("notice --load_checkpoint: resuming is automatic")
+    if args.load_checkpoint or args.flash_attn:
+        note("notice --load_checkpoint and --flash_attn change nothing: both are always on")
     if args.input_template is not None:
         args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
         if "{}" not in args.input_template:

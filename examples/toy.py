@@ -20,9 +20,10 @@ What lies in --out afterwards:
     rm_random/      a reward model that knows nothing; aligned with it, the true score must stay where it was
     toy.json        the settings, written last: the same command again finds it and does nothing
 
-Everything random comes from --seed; on one machine the same seed gives the same bytes. No download.
+Everything random comes from --seed: same machine, same number of cores, same bytes. No download.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -169,7 +170,7 @@ def make_policy_init(tokenizer, seed):
     return model
 
 
-def train_policy(out, seed):
+def train_policy(out, seed, lock):
     """policy_init -> policy by the repository's sft.py in its own process: made by what it will test."""
     script = Path(__file__).resolve().parents[1] / "sft.py"
     flags = (
@@ -178,11 +179,12 @@ def train_policy(out, seed):
     )
     paths = {"--pretrain": out / "policy_init", "--dataset": out / "sft.jsonl", "--save_path": out / "policy"}
     command = [sys.executable, str(script), *(str(x) for pair in paths.items() for x in pair), *flags.split()]
-    with open(out / "policy.log", "w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code != 0:
+    with open(out / "policy.log", "w") as log:  # the child holds our lock too: it may outlive us
+        run = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+    if run.returncode != 0:
         tail = "\n".join((out / "policy.log").read_text().splitlines()[-20:])
-        sys.exit(f"{tail}\ntoy: sft.py ended with code {code} ({out}/policy.log)\n     {shlex.join(command)}")
+        print(f"{tail}\ntoy: {shlex.join(command)}\n     code {run.returncode}: see {out}/policy.log")
+        sys.exit(1)
 
 
 def rm_batch(tokenizer, rows):
@@ -191,7 +193,7 @@ def rm_batch(tokenizer, rows):
     return tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
 
 
-def train_rm(tokenizer, seed, steps=100, batch=64, lr=3e-3):
+def train_rm(tokenizer, seed, steps=80, batch=64, lr=3e-3):
     """Squared error against labels with a noise of 0.3; one text in five is broken and worth 0.5 less."""
     rng = random.Random(f"rm {seed}")
     torch.manual_seed(seed)
@@ -265,11 +267,10 @@ def clear(out, done, begun, settings):
     if found and not done.exists() and not begun.exists():
         sys.exit(
             f"toy: {out} holds {', '.join(p.name for p in found)} but no toy.json or toy.json.partial, so\n"
-            "     this script did not make them. Nothing was touched: remove them or choose another --out."
+            "     this script did not make them. They are untouched: remove them or choose another --out."
         )
     if found:
         print(f"toy    {out} holds {'a half-made' if begun.exists() else 'another'} toy: making it anew")
-    out.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(settings))
     done.unlink(missing_ok=True)
     for path in found:
@@ -291,6 +292,7 @@ def main(args: Args):
     done, begun = out / "toy.json", out / "toy.json.partial"  # begun: ours, but not whole
     settings = {"seed": seed, "recipe": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # small matrices gain little from two, which cost 5 x the CPU on a busy machine
 
     def tell(name, text):
         print(f"toy    {name:<12} {text:<86} {time.time() - start:5.1f} s", flush=True)
@@ -298,6 +300,12 @@ def main(args: Args):
     complete = done.exists() and json.loads(done.read_text()) == settings
     if complete and ((out / "rm_random").exists() or not args.random_rm):
         return tell("complete", f"{out} was made by this command before: nothing to do")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"toy: another process is working in {out}: wait for it, or choose another --out")
     if not complete:
         clear(out, done, begun, settings)
         rng = random.Random(f"texts {seed}")
@@ -310,14 +318,14 @@ def main(args: Args):
         save(model, tokenizer, out / "policy_init")
         size = f"{model.num_parameters() / 1e6:.1f} M random parameters, {len(tokenizer)} tokens"
         tell("policy_init", f"{size}; {len(rows):,} reviews, {len(prompts)} prompts")
-        train_policy(out, seed)
+        train_policy(out, seed, lock)
 
     tokenizer = AutoTokenizer.from_pretrained(out / "policy")
     policy = AutoModelForCausalLM.from_pretrained(out / "policy", dtype=torch.float32)
     prompts = [json.loads(line)["prompt"] for line in (out / "prompts.jsonl").read_text().splitlines()]
     samples, ended = sample(policy, tokenizer, prompts, seed)
     truth = torch.tensor([true_score(row["output"]) for row in samples])
-    tell("policy", f"true score {truth.mean():+.2f} (std {truth.std():.2f}); {ended:.1%} of samples end")
+    tell("policy", f"score {truth.mean():+.2f} (std {truth.std():.2f}), {ended:.1%} of samples end by EOS")
     rng = random.Random(f"fresh {seed}")
     fresh = [make_row(rng) for _ in range(512)]
     for name, make in [("rm", train_rm), ("rm_random", make_random_rm)]:
