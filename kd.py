@@ -9,7 +9,7 @@ T^2 keeps the gradient's size when the temperature changes (arXiv:1503.02531). p
 tokenizer's vocabulary, without the rows that models pad it with; CE is over the student's full one, so that
 --kd_coef 0 is sft.py.
 
-On-policy: --dataset with the student's own samples (batch_infer.py writes them), --kd_loss reverse_kl. MiniLLM
+On-policy: --dataset with the student's samples (batch_infer.py writes them), --kd_loss reverse_kl. MiniLLM
 (arXiv:2306.08543) follows the policy gradient of the sequence-level reverse KL, whose return sums the
 log-ratios of all later tokens; here each token's full-vocabulary KL(q || p) is descended exactly, and later
 tokens are left out of the gradient (MiniLLM's single-step part alone): lower variance, no credit for where a

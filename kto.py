@@ -1192,7 +1192,7 @@ def main(args):
         batches = [batch_of(step) for step in range(1, total_steps + 1)]
         batches += [eval_trees[i : i + size_of_batch] for i in range(0, len(eval_trees), size_of_batch)]
         pairs = [pair for batch in batches for pair in mismatched(batch, args.max_len)]
-        note(f"z0     {len(pairs):,} mismatched rows: one more pass of the reference now, of the policy later")
+        note(f"z0     {len(pairs):,} mismatched rows: one more pass of reference and policy each")
     reference_logps(trees + eval_trees + pairs, args.ref_pretrain or args.pretrain, reference, args, device)
     ref_of = {pair["where"]: pair["ref_logps"] for pair in pairs}
     engine = start_engine(args, LogProbs)
