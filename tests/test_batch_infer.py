@@ -653,7 +653,7 @@ def test_two_ranks(home, samples, tmp_path):
 def test_bad_flags(home, tmp_path, capsys):
     cases = {
         "--post_processor csft: not available yet": {"task": "rm", "post_processor": "csft"},
-        "--post_processor bon: unknown; there is rs": {"task": "rm", "post_processor": "bon"},
+        "--post_processor bon: unknown; there are rs": {"task": "rm", "post_processor": "bon"},
         "belong to --eval_task rm": {"post_processor": "rs"},
         "--top_p must be between": {"top_p": 1.5},
         "--best_of_n must be between": {"best_of_n": 0},
