@@ -180,7 +180,7 @@ class Args:
 # --- reading rows
 
 
-def note(message, file=sys.stdout):
+def note(message, file=None):
     """One line on the console of rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=file, flush=True)

@@ -179,7 +179,7 @@ class Args:
 # --- reading rows
 
 
-def note(message, file=sys.stdout):
+def note(message, file=None):
     """One line on the console of rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=file, flush=True)
@@ -976,7 +976,11 @@ def reference_logps(trees, path, weights, args, device):
     if hit[0]:
         dist.broadcast(flat, 0)
     else:
-        flat = forward_logps(frozen_model(path, args, device, args.ref_offload), trees, args, device)
+        model = frozen_model(path, args, device, args.ref_offload)
+        flat = forward_logps(model, trees, args, device)
+        for p in model.parameters() if args.zero_stage == 3 else ():  # DeepSpeed's globals keep the model
+            p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        del model
     flat = flat.cpu().numpy()
     if not hit[0] and dist.get_rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,6 @@ def make_config(tokenizer, **changes):
 
 @pytest.fixture(autouse=True)
 def console_of_the_test(monkeypatch):
-    monkeypatch.setattr(script.note, "__defaults__", (None,))  # stdout as it is now, not as it was at import
 
 
 def write(path, rows):

@@ -21,7 +21,6 @@ from launch import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 dpo = load_script("dpo")
-dpo.note.__defaults__ = (None,)  # print to the stdout of the test, not to that of the import
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = {"bf16": False, "train_batch_size": 24, "learning_rate": 1e-3, "lr_scheduler": "constant"}
 SETTINGS |= {"lr_warmup_ratio": 0.0, "max_len": 100}

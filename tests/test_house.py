@@ -205,7 +205,7 @@ if __name__ == "__main__":
         (sizes, "LIMIT = 3", "LIMIT = 3  #" + " " * 100),
         (sizes, "    return 1\n", "    return 1\n" * 60),
         (sizes, "    step()\n", "    step()\n" * 170),
-        (sizes, "LIMIT = 3\n", "LIMIT = 3\n" * 900),
+        (sizes, "LIMIT = 3\n", "LIMIT = 3\n" * 1500),
         (twins, "    step()\n", "    step()\n    other()\n    more()\n" * 2),
     ],
 )

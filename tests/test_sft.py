@@ -28,7 +28,6 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 sft = load_script("sft")
-sft.note.__defaults__ = (None,)  # print to the stdout of the test, not to that of the import
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = {"bf16": False, "train_batch_size": 24, "learning_rate": 1e-3, "lr_scheduler": "constant"}
 SETTINGS |= {"lr_warmup_ratio": 0.0, "max_len": 100}
