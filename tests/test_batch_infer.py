@@ -64,9 +64,6 @@ def make_config(tokenizer, **changes):
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def console_of_the_test(monkeypatch):
-
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
