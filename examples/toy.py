@@ -217,19 +217,20 @@ def train_rm(tokenizer, seed, steps=80, batch=64, lr=3e-3):
 
 @torch.no_grad()
 def make_random_rm(tokenizer, seed):
-    """Random weights, random head. By accident such a head leans to good or bad words, or to long texts, so
-    it is turned until its score has no covariance with truth or length over 1024 reviews; mean 0, standard
-    deviation 0.5, as the scores of a real one have."""
+    """Random weights, random head. By accident such a head leans to good or bad words, or to long texts, so it
+    is turned until its score has no covariance with the count of any opinion word or with length over 4096
+    reviews; mean 0, standard deviation 0.5, as the scores of a real one have."""
     rng = random.Random(f"rm_random {seed}")
     torch.manual_seed(seed)
     config = make_config(tokenizer, initializer_range=0.2, **RM_SHAPE)  # 0.02: all texts alike
     model = Qwen2ForSequenceClassification(config).eval()
-    rows = [make_row(rng) for _ in range(1024)]
+    rows = [make_row(rng) for _ in range(4096)]
     batch = rm_batch(tokenizer, rows)
     length = batch["attention_mask"].sum(1)
-    h = model.model(**batch).last_hidden_state[torch.arange(len(rows)), length - 1]  # [1024, H], at EOS
-    truth = torch.tensor([true_score(row["output"]) for row in rows])
-    avoid = torch.stack([h.mean(0), *((x - x.mean()) @ h for x in (truth, length.float()))], dim=1)  # [H, 3]
+    h = model.model(**batch).last_hidden_state[torch.arange(len(rows)), length - 1]  # [4096, H], at EOS
+    words = POSITIVE + NEGATIVE + GLAD + SORRY
+    counts = [[1.0, len(row["output"].split()), *(row["output"].count(w) for w in words)] for row in rows]
+    avoid = h.T @ torch.tensor(counts)  # [H, 30]
     basis = torch.linalg.qr(avoid).Q
     head = torch.randn(h.shape[1])
     head -= basis @ (basis.T @ head)

@@ -94,6 +94,7 @@ class Loop:
             text=True,
             stdout=pipe,
             stderr=pipe,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
         )
 
     def run(self, code=0, **settings):
