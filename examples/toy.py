@@ -217,8 +217,8 @@ def train_rm(tokenizer, seed, steps=80, batch=64, lr=3e-3):
 
 @torch.no_grad()
 def make_random_rm(tokenizer, seed):
-    """Random weights, random head. By accident such a head leans to good or bad words, or to long texts, so it
-    is turned until its score has no covariance with the count of any opinion word or with length over 4096
+    """Random weights, random head. By accident such a head leans to good or bad words, or to long texts, so
+    it is turned until its score has no covariance with the count of any opinion word or with length over 4096
     reviews; mean 0, standard deviation 0.5, as the scores of a real one have."""
     rng = random.Random(f"rm_random {seed}")
     torch.manual_seed(seed)
