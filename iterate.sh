@@ -13,7 +13,7 @@ set -euo pipefail
 
 # --- settings: environment variables
 : "${METHOD:=raft}"
-: "${OUT:=}"                # default: runs/METHOD, for the toy runs/toy
+: "${OUT:=}"                # default: runs/METHOD, for the toy runs/toy or runs/toy_METHOD
 : "${POLICY_MODEL_PATH:=}"  # where the loop starts: a folder or a hub name
 : "${RM_MODEL_PATH:=}"      # the reward model
 : "${PROMPT_DATASET:=}"     # the prompts, as batch_infer.py --dataset takes them
@@ -43,7 +43,8 @@ case $METHOD in
 esac
 toy=
 if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET ]]; then
-  toy=${OUT:=runs/toy}/toy
+  suffix=_$METHOD
+  toy=${OUT:=runs/toy${suffix#_raft}}/toy
   POLICY_MODEL_PATH=$toy/policy RM_MODEL_PATH=$toy/rm PROMPT_DATASET=$toy/prompts.jsonl
   GENERATE_FLAGS="--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64 $GENERATE_FLAGS"
   RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS"
