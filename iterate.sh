@@ -13,7 +13,7 @@ set -euo pipefail
 
 # --- settings: environment variables
 : "${METHOD:=raft}"
-: "${OUT:=}"                # default: runs/METHOD, for the toy runs/toy or runs/toy_METHOD
+: "${OUT:=}"                # default: runs/METHOD; the toy: runs/toy[_METHOD]
 : "${POLICY_MODEL_PATH:=}"  # where the loop starts: a folder or a hub name
 : "${RM_MODEL_PATH:=}"      # the reward model
 : "${PROMPT_DATASET:=}"     # the prompts, as batch_infer.py --dataset takes them
