@@ -36,8 +36,8 @@ Commands:
     python dpo.py --pretrain MODEL --dataset pairs.jsonl --save_path runs/dpo           # one GPU, or a CPU
     deepspeed --num_gpus 8 dpo.py --pretrain MODEL --dataset pairs.jsonl --zero_stage 3 --packing_samples
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 dpo.py ...
-    METHOD=iter_dpo bash iterate.sh                    # the loop on the toy; then, as a smoke run:
-    python dpo.py --pretrain runs/toy_iter_dpo/toy/policy --dataset runs/toy_iter_dpo/iter_0/rm.jsonl --no-bf16
+    METHOD=iter_dpo OUT=runs/d bash iterate.sh               # the loop on the toy; then, as a smoke run:
+    python dpo.py --no-bf16 --pretrain runs/d/toy/policy --dataset runs/d/iter_0/rm.jsonl
 """
 
 import collections
