@@ -270,6 +270,10 @@ def test_split_step_by_hand():
     assert sft.split_step([5, 3, 2, 2], 1, 2) == [[[0, 3], [1, 2]]]  # longest first, into the lightest
     assert sft.split_step([4, 4, 1], 2, 8) == [[[0, 2]], [[1]]]  # the heavier bin on the first rank
     assert sft.split_step([6, 5, 5, 4], 1, 8, max_tokens=10) == [[[0, 3], [1, 2]]]
+    assert sft.split_step([8, 1, 7, 2], 2, 1) == [
+        [[0], [3]],
+        [[2], [1]],
+    ]  # ranks take turns: alike at every pass
     assert sft.split_step([7], 2, 4) == [[[0]], [[]]]  # fewer examples than ranks
 
 
@@ -696,17 +700,16 @@ def test_two_runs_never_write_to_one_folder(tiny, rows_file, tmp_path, capsys):
 # --- resuming
 
 
-def kill_after(step, monkeypatch):
-    """From now on, a run dies when its checkpoint of that step is complete; step None: no more."""
-    save_checkpoint = getattr(kill_after, "real", sft.save_checkpoint)
-    kill_after.real = save_checkpoint
+def kill_at(step, monkeypatch):
+    """From now on, a run dies at the end of that step, when its metrics are logged; None: no more."""
+    console_line = kill_at.real = getattr(kill_at, "real", sft.console_line)
 
-    def dying(engine, args, at, identity):
-        save_checkpoint(engine, args, at, identity)
+    def dying(at, *rest):
         if at == step:
             raise Killed
+        return console_line(at, *rest)
 
-    monkeypatch.setattr(sft, "save_checkpoint", dying)
+    monkeypatch.setattr(sft, "console_line", dying)
 
 
 RESUME = {"train_batch_size": 17, "save_steps": 1, "lr_scheduler": "cosine", "max_epochs": 2}  # 6 steps
@@ -722,13 +725,13 @@ RESUME = {"train_batch_size": 17, "save_steps": 1, "lr_scheduler": "cosine", "ma
     ids=str,
 )
 def test_resumed_is_bit_identical(flags, tiny, rows_file, tmp_path, monkeypatch, capsys):
-    flags = {"pretrain": tiny, "dataset": rows_file, **RESUME, **flags}
+    flags = {"pretrain": tiny, "dataset": rows_file, **RESUME, **flags, "save_steps": 2}
     assert run(save_path=str(tmp_path / "whole"), **{**flags, "save_steps": -1}) == 0
-    for step in (2, 4):
-        kill_after(step, monkeypatch)
+    for step in (3, 5):
+        kill_at(step, monkeypatch)
         assert run(save_path=str(tmp_path / "out"), **flags) == "killed"
         set_seed(step)  # of another process
-    kill_after(None, monkeypatch)
+    kill_at(None, monkeypatch)
     assert not (tmp_path / "out").exists()
     capsys.readouterr()
     assert run(save_path=str(tmp_path / "out"), **flags) == 0
@@ -743,14 +746,10 @@ def test_checkpoints_damaged_or_of_another_run(tiny, rows_file, tmp_path, monkey
     flags = {"pretrain": tiny, "dataset": rows_file, **RESUME}
     assert run(save_path=str(tmp_path / "whole"), **flags) == 0
     flags["save_path"] = str(tmp_path / "out")
-    kill_after(5, monkeypatch)
+    kill_at(6, monkeypatch)
     assert run(**flags) == "killed"
     checkpoints = tmp_path / "out.ckpt"
-    assert sorted(p.name for p in checkpoints.glob("step_*")) == [
-        "step_3",
-        "step_4",
-        "step_5",
-    ]  # max_ckpt_num
+    assert {p.name for p in checkpoints.glob("step_*")} == {"step_3", "step_4", "step_5"}  # max_ckpt_num
     capsys.readouterr()
     assert run(**{**flags, "learning_rate": 2e-3}) == 2
     message = capsys.readouterr().err
@@ -760,14 +759,11 @@ def test_checkpoints_damaged_or_of_another_run(tiny, rows_file, tmp_path, monkey
     data[len(data) // 2] ^= 1  # one flipped bit
     largest.write_bytes(data)
     next((checkpoints / "step_4").rglob("*.pt")).unlink()
-    kill_after(None, monkeypatch)
+    kill_at(None, monkeypatch)
     assert run(**flags) == 0
     out = capsys.readouterr().out
-    assert (
-        "step_5 is damaged" in out
-        and "step_4 is damaged" in out
-        and f"resume {checkpoints / 'step_3'}" in out
-    )
+    assert "step_5 is damaged" in out and "step_4 is damaged" in out
+    assert f"resume {checkpoints / 'step_3'}" in out
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
 
