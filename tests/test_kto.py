@@ -161,3 +161,61 @@ def test_pairs_become_two_rows(tiny, tmp_path, capsys):
     steps = run(**flags, save_path=str(tmp_path / "m"), cache_dir=str(tmp_path / "c"))
     assert "8 desirable, 8 undesirable" in capsys.readouterr().out and len(steps) == 1
     assert abs(steps[0]["loss"] - 0.5) < 1e-6 and steps[0]["desirable"] == pytest.approx(0.5)
+
+
+TRL = """
+import json, sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import KTOConfig, KTOTrainer
+folder = sys.argv[1]
+cases, rows = (json.load(open(f"{folder}/{name}.json")) for name in ("cases", "rows"))
+logs = {}
+for name, (policy, reference, options) in cases.items():
+    model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (policy, reference))
+    args = KTOConfig(output_dir=f"{folder}/out", per_device_train_batch_size=8, max_steps=1, logging_steps=1,
+                     max_length=512, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
+                     disable_tqdm=True, save_strategy="no", **options)
+    trainer = KTOTrainer(model, ref, args=args, train_dataset=Dataset.from_list(rows),
+                         processing_class=AutoTokenizer.from_pretrained(policy))
+    trainer.train()
+    logs[name] = trainer.state.log_history[0]
+json.dump(logs, open(f"{folder}/logs.json", "w"))
+"""
+
+
+def test_equals_trl(tiny, tokenizer, labelled, tmp_path):
+    """The first step of TRL's KTOTrainer on 8 rows that are one micro-batch there; either model as the reference.
+
+    TRL keeps the rows' order and takes y' from the row before, we shuffle and take the row behind: so it gets
+    our order backwards.
+    """
+    pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.0 accelerate")
+    other = make_model(tmp_path / "other", tokenizer, initializer_range=0.15)
+    rows = [json.loads(line) for line in Path(labelled).read_text().splitlines()][:8]
+    order = kto.epoch_order([{"label": row["label"]} for row in rows], 42, 0)[::-1]
+    (tmp_path / "rows.json").write_text(json.dumps([rows[i] for i in order]))
+    weights, flags = {"desirable_weight": 1.5, "undesirable_weight": 0.5}, {}
+    flags |= {"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5}
+    apo = {"loss_type": "apo_zero_unpaired"}
+    cases = {  # name: (TRL's policy, reference, options; our flags)
+        "kto": (tiny, other, {}, {}),
+        "the reference is better": (other, tiny, {}, {}),
+        "weights": (tiny, other, weights, flags),
+        "apo": (tiny, other, apo, {"apo_zero_unpaired": True}),
+    }
+    (tmp_path / "cases.json").write_text(json.dumps({name: case[:3] for name, case in cases.items()}))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, "-c", TRL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs, kls = json.loads((tmp_path / "logs.json").read_text()), []
+    for name, (policy, reference, _, flags) in cases.items():
+        paths = {"pretrain": policy, "ref_pretrain": reference, "cache_dir": str(tmp_path / "cache")}
+        rest = {"max_samples": 8, "train_batch_size": 8, "max_len": 512, "save_path": str(tmp_path / name)}
+        (ours,) = run(**paths, dataset=labelled, **rest, **flags)
+        kls.append(ours["kl"])
+        for key in ("loss", "kl", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"):
+            error = 1e-5 if key in ("loss", "rewards/chosen", "rewards/rejected") else 1e-4  # kl, logps: sums
+            assert ours[key] == pytest.approx(logs[name][key], abs=error, rel=1e-5), (name, key)
+    assert max(kls[:2]) > 1 and min(kls[:2]) == 0  # z0 counts, and is clamped
