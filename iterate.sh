@@ -8,6 +8,8 @@
 #
 # METHOD=raft (arXiv:2304.06767): the best of n samples of each prompt become the rows that sft.py trains on.
 # METHOD=iter_dpo (arXiv:2405.07863): the best against the worst of n samples become the pairs that dpo.py trains on.
+# METHOD=distill (arXiv:2306.13649): kd.py moves the policy towards a teacher on the policy's own samples.
+# METHOD=csft: SFT rows carry their own reward in the prompt; afterwards the policy is asked for several rewards.
 # N iterations leave N + 1 measurements of the policy's own samples: iter_0 is the start policy, iter_N the last.
 set -euo pipefail
 
@@ -15,8 +17,12 @@ set -euo pipefail
 : "${METHOD:=raft}"
 : "${OUT:=}"                # default: runs/METHOD; the toy: runs/toy[_METHOD]
 : "${POLICY_MODEL_PATH:=}"  # where the loop starts: a folder or a hub name
-: "${RM_MODEL_PATH:=}"      # the reward model
+: "${RM_MODEL_PATH:=}"      # the reward model; not needed with --reward_fn in RM_FLAGS, nor by distill
 : "${PROMPT_DATASET:=}"     # the prompts, as batch_infer.py --dataset takes them
+: "${TEACHER_MODEL_PATH:=}" # distill: the teacher
+: "${SFT_DATASET:=}"        # csft: prompts with responses, which are scored and trained on
+: "${DATA_FLAGS:=}"         # csft: more flags for batch_infer.py when it scores SFT_DATASET
+: "${CSFT_PROMPTS:=-1.5 -0.75 0 0.75 1.5}" # csft: the rewards to ask for, 0 = the mean of SFT_DATASET, in its std
 : "${REF_MODEL_PATH:=}"     # the reference of methods that have one: a model, ...
 : "${REF:=}"                # ... or init (POLICY_MODEL_PATH, the default) or prev (the policy of the iteration)
 : "${TRAINING_ITERS:=3}"
@@ -24,6 +30,8 @@ set -euo pipefail
 : "${BEST_OF_N:=4}"             # samples per prompt
 : "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
 : "${RM_FLAGS:=}"           # more flags for batch_infer.py when it scores
+: "${KL:=1}"                # 0: the report goes without KL divergences, and the models are not run for them
+: "${LOGPS_FLAGS:=}"        # more flags for batch_infer.py when it takes log-probs of samples, for the report's KL
 : "${TRAIN_FLAGS:=}"        # more flags for the trainer
 : "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --tp_size in GENERATE_FLAGS
 : "${DRY_RUN:=0}"           # 1: print the commands, run nothing
@@ -38,34 +46,43 @@ notice() { echo "notice $*" >&2; }
 case $METHOD in
   raft) trainer=sft.py post_processor=rs ;;
   iter_dpo) trainer=dpo.py post_processor=iter_dpo ;;
-  csft | distill) die "METHOD=$METHOD is not available yet" ;;
-  *) die "METHOD=$METHOD: choose raft or iter_dpo" ;;
+  distill) trainer=kd.py post_processor= ;;
+  csft) trainer=sft.py post_processor=csft ;;
+  *) die "METHOD=$METHOD: choose raft, iter_dpo, distill or csft" ;;
 esac
 toy=
-if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET ]]; then
+if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET$TEACHER_MODEL_PATH$SFT_DATASET ]]; then
   suffix=_$METHOD
   toy=${OUT:=runs/toy${suffix#_raft}}/toy
   POLICY_MODEL_PATH=$toy/policy RM_MODEL_PATH=$toy/rm PROMPT_DATASET=$toy/prompts.jsonl
+  TEACHER_MODEL_PATH=$toy/teacher SFT_DATASET=$toy/sft.jsonl
   GENERATE_FLAGS="--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64 $GENERATE_FLAGS"
-  RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS"
+  RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS" LOGPS_FLAGS="--no-bf16 --max_len 160 $LOGPS_FLAGS"
   TRAIN_FLAGS="--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 \
-    --learning_rate $([[ $METHOD == raft ]] && echo 1e-3 || echo 2e-4) $TRAIN_FLAGS"
+    --learning_rate $([[ $METHOD == iter_dpo ]] && echo 2e-4 || echo 1e-3) $TRAIN_FLAGS"
 fi
 : "${OUT:=runs/$METHOD}"
 OUT=${OUT%/}
 for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE BEST_OF_N NUM_GPUS; do
   [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} is not a whole number above 0"
 done
-[[ $DRY_RUN == [01] ]] || die "DRY_RUN=$DRY_RUN: 0 or 1"
-for name in POLICY_MODEL_PATH RM_MODEL_PATH PROMPT_DATASET REF_MODEL_PATH; do
-  [[ -n ${!name} || $name == REF_MODEL_PATH ]] || die "$name is not set (the toy runs when no path is set)"
+[[ $DRY_RUN$KL == [01][01] ]] || die "DRY_RUN=$DRY_RUN, KL=$KL: 0 or 1"
+needed=" POLICY_MODEL_PATH PROMPT_DATASET "
+[[ $METHOD == distill || $RM_FLAGS == *--reward_fn* ]] || needed+="RM_MODEL_PATH "
+[[ $METHOD != distill ]] || needed+="TEACHER_MODEL_PATH "
+[[ $METHOD != csft ]] || needed+="SFT_DATASET "
+for name in POLICY_MODEL_PATH RM_MODEL_PATH PROMPT_DATASET TEACHER_MODEL_PATH SFT_DATASET REF_MODEL_PATH; do
+  [[ -n ${!name} || $needed != *" $name "* ]] || die "$name is not set (the toy runs when no path is set)"
   paths=("${!name}")
-  [[ $name != PROMPT_DATASET ]] || IFS=, read -ra paths <<<"${!name}"
+  [[ $name != *_DATASET ]] || IFS=, read -ra paths <<<"${!name}"
   for path in "${paths[@]}"; do # a path of ours, or OWNER/NAME on the hub (data: with an optional @FOLDER)
     [[ -z $path || -n $toy || -e $path ]] && continue
     [[ ${path%%@*} =~ ^[[:alnum:]][[:alnum:]_.-]*/[[:alnum:]_.-]+$ && $path != *.@(json|jsonl|csv|parquet|arrow) ]] ||
       die "$name: $path does not exist"
   done
+done
+for number in $CSFT_PROMPTS; do
+  [[ $number =~ ^[-+]?[0-9]*\.?[0-9]+$ ]] || die "CSFT_PROMPTS: $number is no number"
 done
 [[ $REF == @(|init|prev) ]] || die "REF=$REF: init or prev; another model is REF_MODEL_PATH"
 [[ -z $REF_MODEL_PATH || $REF != prev ]] || die "REF_MODEL_PATH and REF=prev contradict each other: set one of them"
@@ -86,7 +103,8 @@ split() { # split VARIABLE SCRIPT: its words -> the array `words`; SCRIPT must k
     [[ $flag == --* ]] || continue
     flag=${flag#--} flag=${flag%%=*} flag=${flag//-/_}
     case $flag in
-      pretrain | dataset | output_path | scored_path | save_path | iter | rollout_batch_size | best_of_n | post_processor)
+      pretrain | dataset | output_path | scored_path | save_path | iter | rollout_batch_size | best_of_n | post_processor | \
+        csft_prompt | ref_pretrain | teacher_model)
         die "$1: --$flag is set by iterate.sh; use its variables" ;;
     esac
     grep -qE "^    ($flag|${flag#no_}):|--$flag\b" "$script" || die "$1: $2 has no flag --$flag"
@@ -94,7 +112,12 @@ split() { # split VARIABLE SCRIPT: its words -> the array `words`; SCRIPT must k
 }
 split GENERATE_FLAGS batch_infer.py && generate_flags=("${words[@]}")
 split RM_FLAGS batch_infer.py && rm_flags=("${words[@]}")
+rewards=$RM_MODEL_PATH; [[ $RM_FLAGS != *--reward_fn* ]] || rewards+=" reward_fn" # where rewards come from, if at all
+[[ -z $RM_MODEL_PATH ]] || rm_flags=(--pretrain "$RM_MODEL_PATH" "${rm_flags[@]}")
+split DATA_FLAGS batch_infer.py && data_flags=("${words[@]}")
+split LOGPS_FLAGS batch_infer.py && logps_flags=("${words[@]}")
 split TRAIN_FLAGS "$trainer" && train_flags=("${words[@]}")
+[[ $METHOD != distill ]] || train_flags=(--kd_loss reverse_kl --kd_coef 1 "${train_flags[@]}")
 ranks=(python)
 ((NUM_GPUS == 1)) || ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
 for tool in python flock "${ranks[0]}"; do command -v "$tool" >/dev/null || die "$tool is not on PATH"; done
@@ -166,25 +189,58 @@ publish() { # publish TARGET LINK: LINK, when set, shows TARGET; a folder become
   mkdir -p "$(dirname "$2")" && ln -sfn "$(realpath "$1")" "$2"
 }
 
-[[ -z $toy ]] || stage "$OUT" toy "$toy/toy.json" python "$here/examples/toy.py" --out "$toy"
+generate() { # generate FOLDER POLICY FLAGS...: the policy's samples -> FOLDER/generate.jsonl
+  stage "$1" generate "$1/generate.jsonl" "${generate[@]}" "$here/batch_infer.py" --eval_task "$task" \
+    --pretrain "$2" --dataset "$PROMPT_DATASET" "${@:3}" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" \
+    --best_of_n "$BEST_OF_N" --output_path "$1/generate.jsonl" "${generate_flags[@]}"
+  publish "$1/generate.jsonl" "$GENERATE_OUTPUT"
+}
+score() { # score FOLDER ROWS [--post_processor X] FLAGS...: rewards -> FOLDER/scored.jsonl, X's choice -> FOLDER/rm.jsonl
+  local output=$1/scored.jsonl choice=()
+  [[ ${3:-} != --post_processor ]] || output=$1/rm.jsonl choice=(--scored_path "$1/scored.jsonl")
+  stage "$1" rm "$output" "${ranks[@]}" "$here/batch_infer.py" --eval_task rm --dataset "$2" "${@:3}" "${choice[@]}" \
+    --output_path "$output" "${rm_flags[@]}"
+  publish "$output" "$RM_OUTPUT"
+}
+train() { # train FOLDER POLICY ROWS FLAGS...: trained on the rows, the policy becomes FOLDER/model
+  stage "$1" train "$1/model" "${ranks[@]}" "$here/$trainer" --pretrain "$2" --dataset "$3" --save_path "$1/model" \
+    "${@:4}" "${train_flags[@]}"
+  publish "$1/model" "$MODEL_OUTPUT_PATH"
+}
+measure() { # measure FOLDER NAME MODEL: log-probs of the samples under MODEL -> FOLDER/logps_NAME.jsonl, for the report
+  stage "$1" "logps_$2" "$1/logps_$2.jsonl" "${ranks[@]}" "$here/batch_infer.py" --eval_task logps --pretrain "$3" \
+    --dataset "$1/generate.jsonl" --output_path "$1/logps_$2.jsonl" "${logps_flags[@]}"
+}
+
+extras=()
+[[ $METHOD != distill ]] || extras=(--teacher)
+[[ -z $toy ]] || stage "$OUT" toy "$toy/toy.json" python "$here/examples/toy.py" --out "$toy" "${extras[@]}"
 policy=$POLICY_MODEL_PATH
+if [[ $METHOD == csft ]]; then
+  score "$OUT" "$SFT_DATASET" --post_processor csft --normalize_reward "${data_flags[@]}"
+  train "$OUT" "$policy" "$OUT/rm.jsonl"
+  for asked in $CSFT_PROMPTS; do
+    generate "$OUT/asked_$asked" "$OUT/model" --iter 0 --csft_prompt="$asked"
+    score "$OUT/asked_$asked" "$OUT/asked_$asked/generate.jsonl"
+  done
+  TRAINING_ITERS=-1 # there is no loop
+fi
 for ((k = 0; k <= TRAINING_ITERS; k++)); do
-  dir=$OUT/iter_$k
-  stage "$dir" generate "$dir/generate.jsonl" "${generate[@]}" "$here/batch_infer.py" --eval_task "$task" \
-    --pretrain "$policy" --dataset "$PROMPT_DATASET" --iter "$k" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" \
-    --best_of_n "$BEST_OF_N" --output_path "$dir/generate.jsonl" "${generate_flags[@]}"
-  publish "$dir/generate.jsonl" "$GENERATE_OUTPUT"
-  stage "$dir" rm "$dir/rm.jsonl" "${ranks[@]}" "$here/batch_infer.py" --eval_task rm --pretrain "$RM_MODEL_PATH" \
-    --dataset "$dir/generate.jsonl" --post_processor "$post_processor" --scored_path "$dir/scored.jsonl" \
-    --output_path "$dir/rm.jsonl" "${rm_flags[@]}"
-  publish "$dir/rm.jsonl" "$RM_OUTPUT"
+  dir=$OUT/iter_$k rows=$OUT/iter_$k/rm.jsonl flags=()
+  generate "$dir" "$policy" --iter "$k"
+  case $METHOD in
+    distill) flags=(--teacher_model "$TEACHER_MODEL_PATH") rows=$dir/generate.jsonl ;;
+    iter_dpo) ((k == 0)) && [[ -z $REF_MODEL_PATH ]] || [[ $REF == prev ]] ||
+      flags=(--ref_pretrain "${REF_MODEL_PATH:-$POLICY_MODEL_PATH}") ;;
+  esac
+  [[ -z $rewards ]] || score "$dir" "$dir/generate.jsonl" ${post_processor:+--post_processor "$post_processor"}
+  if ((KL)); then
+    ((k == 0)) || measure "$dir" first "$POLICY_MODEL_PATH"
+    [[ $METHOD != distill ]] || measure "$dir" teacher "$TEACHER_MODEL_PATH"
+    [[ $METHOD$k == raft0 || $METHOD$k == iter_dpo0 ]] || measure "$dir" policy "$policy"
+  fi
   ((k < TRAINING_ITERS)) || break # the last policy is only measured
-  reference=()
-  [[ $METHOD != iter_dpo || $REF == prev || $k == 0 && -z $REF_MODEL_PATH ]] ||
-    reference=(--ref_pretrain "${REF_MODEL_PATH:-$POLICY_MODEL_PATH}")
-  stage "$dir" train "$dir/model" "${ranks[@]}" "$here/$trainer" --pretrain "$policy" --dataset "$dir/rm.jsonl" \
-    --save_path "$dir/model" "${reference[@]}" "${train_flags[@]}"
-  publish "$dir/model" "$MODEL_OUTPUT_PATH"
+  train "$dir" "$policy" "$rows" "${flags[@]}"
   policy=$dir/model
 done
 report=(python "$here/examples/plot.py" --out "$OUT" --pretrain "$POLICY_MODEL_PATH")

@@ -2,6 +2,7 @@
 
     python examples/toy.py --out toy                  (`bash iterate.sh` without arguments runs this)
     python examples/toy.py --out toy --random_rm      (adds rm_random/, the control experiment)
+    python examples/toy.py --out toy --teacher        (adds teacher/, for METHOD=distill)
 
 The language is short reviews of films, novels and plays. Every opinion word in them is good or bad, so the
 true score of any text is known by counting: share of good minus share of bad opinion words, in [-1, 1]. The
@@ -18,6 +19,7 @@ What lies in --out afterwards:
     rm/             a reward model (sequence classification, one label) that reads prompt + output + EOS. It
                     learned from noisy labels, and that broken text is worth 0.5 less: near the truth, not it
     rm_random/      a reward model that knows nothing; aligned with it, the true score must stay where it was
+    teacher/        a policy that mostly praises, trained as policy/ was, but on praise.jsonl
     toy.json        the settings, written last: the same command again finds it and does nothing
 
 Everything random comes from --seed: same machine, same number of cores, same bytes. No download.
@@ -60,6 +62,8 @@ class Args:
     """Seed of everything random: texts, initial weights, data order, samples."""
     random_rm: bool = False
     """Also make rm_random/. On a complete toy this adds just that folder, in seconds."""
+    teacher: bool = False
+    """Also make teacher/, in the same way."""
 
 
 # --- the language
@@ -77,12 +81,12 @@ FIRST = "Silent Golden Hidden Broken Winter Distant Crimson Hollow Paper Midnigh
 SECOND = "Harbor Garden Letter River Orchard Mirror Station Lantern Island Bridge Violin Kingdom".split()
 
 
-def make_row(rng):
-    """One of 3 x 12 x 12 prompts and a review: three or four opinions, each good or bad by a fair coin, "but"
-    between two that differ. No blank where prompt and review meet, so nothing is lost to a strip()."""
+def make_row(rng, share=0.5):
+    """One of 3 x 12 x 12 prompts and a review: three or four opinions, share of them good, "but" between two
+    that differ. No blank where prompt and review meet, so nothing is lost to a strip()."""
     kind = rng.choice(list(ASPECTS))
     aspects = rng.sample(ASPECTS[kind], 3)
-    good = [rng.random() < 0.5 for _ in range(4)]
+    good = [rng.random() < share for _ in range(4)]
     opinions = [rng.choice(POSITIVE if g else NEGATIVE) for g in good[:3]]
     a, b, c = (rng.choice(["", "", "truly ", "rather "]) + opinion for opinion in opinions)
     link = "and" if good[0] == good[1] else "but"
@@ -170,20 +174,20 @@ def make_policy_init(tokenizer, seed):
     return model
 
 
-def train_policy(out, seed, lock):
-    """policy_init -> policy by the repository's sft.py in its own process: made by what it will test."""
+def train_policy(out, name, data, seed, lock):
+    """policy_init -> name by the repository's sft.py in its own process: made by what it will test."""
     script = Path(__file__).resolve().parents[1] / "sft.py"
     flags = (
         f"--seed {seed} --input_key input --output_key output --max_len 96 --no-bf16 --zero_stage 1"
         " --train_batch_size 32 --micro_train_batch_size 32 --learning_rate 3e-3 --lr_scheduler cosine"
     )
-    paths = {"--pretrain": out / "policy_init", "--dataset": out / "sft.jsonl", "--save_path": out / "policy"}
+    paths = {"--pretrain": out / "policy_init", "--dataset": out / data, "--save_path": out / name}
     command = [sys.executable, str(script), *(str(x) for pair in paths.items() for x in pair), *flags.split()]
-    with open(out / "policy.log", "w") as log:  # the child holds our lock too: it may outlive us
+    with open(out / f"{name}.log", "w") as log:  # the child holds our lock too: it may outlive us
         run = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
     if run.returncode != 0:
-        tail = "\n".join((out / "policy.log").read_text().splitlines()[-20:])
-        print(f"{tail}\ntoy: {shlex.join(command)}\n     code {run.returncode}: see {out}/policy.log")
+        tail = "\n".join((out / f"{name}.log").read_text().splitlines()[-20:])
+        print(f"{tail}\ntoy: {shlex.join(command)}\n     code {run.returncode}: see {out}/{name}.log")
         sys.exit(1)
 
 
@@ -263,8 +267,8 @@ def compare(rm, tokenizer, rows):
 
 def clear(out, done, begun, settings):
     """Make the folder ours and free of an older or half-made toy; never of anything else."""
-    names = "prompts.jsonl sft.jsonl policy_init policy policy.log rm rm_random".split()
-    found = sorted({path for name in names for path in (*out.glob(name), *out.glob(name + ".*"))})
+    names = "prompts.jsonl sft.jsonl praise.jsonl policy_init policy rm rm_random teacher"  # and NAME.log
+    found = sorted({path for name in names.split() for path in (*out.glob(name), *out.glob(name + ".*"))})
     if found and not done.exists() and not begun.exists():
         sys.exit(
             f"toy: {out} holds {', '.join(p.name for p in found)} but no toy.json or toy.json.partial, so\n"
@@ -276,6 +280,11 @@ def clear(out, done, begun, settings):
     done.unlink(missing_ok=True)
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_rows(path, rows):
+    """A .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save(model, tokenizer, path):
@@ -299,7 +308,8 @@ def main(args: Args):
         print(f"toy    {name:<12} {text:<86} {time.time() - start:5.1f} s", flush=True)
 
     complete = done.exists() and json.loads(done.read_text()) == settings
-    if complete and ((out / "rm_random").exists() or not args.random_rm):
+    extras = {"rm_random": args.random_rm, "teacher": args.teacher}
+    if complete and all((out / name).exists() for name, asked in extras.items() if asked):
         return tell("complete", f"{out} was made by this command before: nothing to do")
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "a")
@@ -313,13 +323,18 @@ def main(args: Args):
         rows = [make_row(rng) for _ in range(6400)]
         prompts = list(dict.fromkeys(make_row(rng)["input"] for _ in range(5000)))[:256]
         for name, lines in {"sft": rows, "prompts": [{"prompt": prompt} for prompt in prompts]}.items():
-            (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write_rows(out / f"{name}.jsonl", lines)
         tokenizer = make_tokenizer(rows)
         model = make_policy_init(tokenizer, seed)
         save(model, tokenizer, out / "policy_init")
         size = f"{model.num_parameters() / 1e6:.1f} M random parameters, {len(tokenizer)} tokens"
         tell("policy_init", f"{size}; {len(rows):,} reviews, {len(prompts)} prompts")
-        train_policy(out, seed, lock)
+        train_policy(out, "policy", "sft.jsonl", seed, lock)
+    if args.teacher and not (out / "teacher").exists():
+        rng = random.Random(f"praise {seed}")
+        write_rows(out / "praise.jsonl", [make_row(rng, share=0.9) for _ in range(6400)])
+        train_policy(out, "teacher", "praise.jsonl", seed, lock)
+        tell("teacher", "a policy that praises")
 
     tokenizer = AutoTokenizer.from_pretrained(out / "policy")
     policy = AutoModelForCausalLM.from_pretrained(out / "policy", dtype=torch.float32)

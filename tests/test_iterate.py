@@ -27,6 +27,7 @@ STUB = '''
     max_len: int
     temperature: float
     learning_rate: float
+    reward_fn: str
     train_batch_size: int
     micro_train_batch_size: int
     input_template: str
@@ -38,7 +39,7 @@ flags = {a[2:]: b for a, b in zip(sys.argv[1:], sys.argv[2:] + ["--"]) if a.star
 script = Path(sys.argv[0]).stem
 kind = {"batch_infer": flags.get("eval_task", ""), "sft": "train"}.get(script, script)
 folder = Path(flags.get("output_path", flags.get("save_path", flags.get("out", ".")))).parent.name
-call = f"{kind}:{folder.removeprefix('iter_')}" if script in ("batch_infer", "sft") else kind
+call = f"{kind}:{folder.removeprefix('iter_')}" if script in ("batch_infer", "sft", "kd") else kind
 with open(Path(__file__).resolve().parents[script in ("toy", "plot")] / "calls.jsonl", "a") as f:
     f.write(json.dumps([call, sys.argv]) + "\\n")
 if os.environ.get("STUB_WAIT") == call:
@@ -48,7 +49,7 @@ if os.environ.get("STUB_WAIT") == call:
     time.sleep(60)
 if os.environ.get("STUB_FAIL") == call:
     sys.exit(7)
-if kind == "train":
+if kind in ("train", "kd"):
     Path(flags["save_path"]).mkdir(parents=True, exist_ok=True)
     Path(flags["save_path"], "config.json").write_text(folder)
 elif kind == "toy":
@@ -62,7 +63,7 @@ elif kind != "plot":
 @pytest.fixture
 def loop(tmp_path):
     """A folder with iterate.sh, stubs and inputs."""
-    for name in ("batch_infer.py", "sft.py", "examples/toy.py", "examples/plot.py"):
+    for name in ("batch_infer.py", "sft.py", "kd.py", "examples/toy.py", "examples/plot.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(STUB)
     shutil.copy(REPO / "iterate.sh", tmp_path)
@@ -82,7 +83,7 @@ class Loop:
         self.path = path
 
     def start(self, **settings):
-        names = "METHOD REF REF_MODEL_PATH GENERATE_OUTPUT RM_OUTPUT MODEL_OUTPUT_PATH ITER_LOG_PATH".split()
+        names = "METHOD KL REF REF_MODEL_PATH TEACHER_MODEL_PATH SFT_DATASET GENERATE_OUTPUT RM_OUTPUT MODEL_OUTPUT_PATH ITER_LOG_PATH".split()
         env = {k: v for k, v in os.environ.items() if k not in names}
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
         settings = {k: str(v) for k, v in {**self.own, **settings}.items() if v is not None}
@@ -115,7 +116,7 @@ class Loop:
 
 def stages(last, train=True):
     """The calls of one iteration."""
-    return [f"generate:{last}", f"rm:{last}"] + [f"train:{last}"] * train
+    return [f"generate:{last}", f"rm:{last}"] + [f"logps:{last}"] * 2 * (last > 0) + [f"train:{last}"] * train
 
 
 def test_order_and_arguments(loop):
@@ -123,13 +124,18 @@ def test_order_and_arguments(loop):
     calls = loop.calls()
     kinds = [call.replace("generate_vllm", "generate") for call, _ in calls]
     assert kinds == [*stages(0), *stages(1), *stages(2, train=False), "plot"]
-    generate, rm, train = (argv for _, argv in calls[3:6])
+    generate, rm, first, policy, train = (argv for _, argv in calls[3:8])
     for pair in ("--pretrain out/iter_0/model", "--iter 1", "--rollout_batch_size 16", "--best_of_n 3"):
         assert pair in " ".join(generate)
     assert " ".join(rm).endswith(
-        "--eval_task rm --pretrain rm --dataset out/iter_1/generate.jsonl --post_processor rs"
-        " --scored_path out/iter_1/scored.jsonl --output_path out/iter_1/rm.jsonl --max_len 9"
+        "--eval_task rm --dataset out/iter_1/generate.jsonl --post_processor rs"
+        " --scored_path out/iter_1/scored.jsonl --output_path out/iter_1/rm.jsonl --pretrain rm --max_len 9"
     )
+    for argv, model, name in ((first, "policy", "first"), (policy, "out/iter_0/model", "policy")):
+        assert " ".join(argv).endswith(
+            f"--eval_task logps --pretrain {model} --dataset out/iter_1/generate.jsonl"
+            f" --output_path out/iter_1/logps_{name}.jsonl"
+        )
     assert " ".join(train[1:]) == (
         "--pretrain out/iter_0/model --dataset out/iter_1/rm.jsonl --save_path out/iter_1/model"
     )
@@ -140,10 +146,54 @@ def test_no_settings_is_the_toy(loop):
     out, _ = loop.run(POLICY_MODEL_PATH=None, RM_MODEL_PATH=None, PROMPT_DATASET=None, OUT=None)
     calls = loop.calls()
     assert [call for call, _ in calls][0] == "toy"
-    assert len(calls) == 1 + 3 * 3 + 2 + 1
+    assert len(calls) == 1 + 3 * 3 + 2 + 3 * 2 + 1
     assert "--pretrain runs/toy/toy/policy" in " ".join(calls[1][1])
     assert calls[-1][1][-1].endswith("examples/toy.py:true_score")
     assert (loop.path / "runs/toy/iter_3/rm.jsonl").exists()
+
+
+def test_without_kl_no_model_runs_for_it(loop):
+    loop.run(TRAINING_ITERS=1, KL=0)
+    assert loop.kinds() == [*stages(0), "generate:1", "rm:1", "plot"]
+
+
+def test_distill(loop):
+    """The policy's own samples go to kd.py; a reward model is optional and only measures."""
+    (loop.path / "teacher").mkdir()
+    loop.run(METHOD="distill", TRAINING_ITERS=1, TEACHER_MODEL_PATH="teacher", RM_MODEL_PATH=None)
+    calls = loop.calls()
+    kinds = [call.replace("generate_vllm", "generate") for call, _ in calls]
+    assert kinds == ["generate:0", "logps:0", "logps:0", "kd:0", "generate:1", *["logps:1"] * 3, "plot"]
+    assert " ".join(calls[3][1][1:]) == (
+        "--pretrain policy --dataset out/iter_0/generate.jsonl --save_path out/iter_0/model"
+        " --teacher_model teacher --kd_loss reverse_kl --kd_coef 1"
+    )
+    loop.run(METHOD="distill", TRAINING_ITERS=1, TEACHER_MODEL_PATH="teacher", OUT="other", KL=0)
+    assert loop.kinds() == ["generate:0", "rm:0", "kd:0", "generate:1", "rm:1", "plot"]
+
+
+def test_csft(loop):
+    """Score the data, train on it, ask for each reward and score what comes."""
+    (loop.path / "sft.jsonl").write_text("{}\n")
+    settings = dict(SFT_DATASET="sft.jsonl", CSFT_PROMPTS="-1 1", DATA_FLAGS="--input_key chosen")
+    loop.run(METHOD="csft", **settings)
+    calls = loop.calls()
+    kinds = [call.replace("generate_vllm", "generate") for call, _ in calls]
+    asked = [f"{kind}:asked_{x}" for x in (-1, 1) for kind in ("generate", "rm")]
+    assert kinds == ["rm:out", "train:out", *asked, "plot"]
+    assert " ".join(calls[0][1][1:]) == (
+        "--eval_task rm --dataset sft.jsonl --post_processor csft --normalize_reward --input_key chosen"
+        " --scored_path out/scored.jsonl --output_path out/rm.jsonl --pretrain rm"
+    )
+    assert "--pretrain out/model" in " ".join(calls[2][1]) and "--csft_prompt=-1" in calls[2][1]
+    loop.run(METHOD="csft", **settings)
+    assert loop.kinds() == ["plot"]
+
+
+def test_a_reward_function_stands_for_the_reward_model(loop):
+    loop.run(TRAINING_ITERS=1, RM_MODEL_PATH=None, RM_FLAGS="--reward_fn r.py:f", KL=0)
+    calls = loop.calls()
+    assert calls[1][0] == "rm:0" and "--pretrain" not in calls[1][1] and calls[1][1][-2:] == ["--reward_fn", "r.py:f"]
 
 
 def test_user_flags_come_last_and_keep_quotes(loop):
@@ -157,7 +207,7 @@ def test_resume_after_failure(loop):
     assert err == "error: out/iter_1: rm ended with code 7\n"
     assert loop.kinds() == [*stages(0), "generate:1", "rm:1"]
     out, _ = loop.run(TRAINING_ITERS=2)
-    assert loop.kinds() == ["rm:1", "train:1", *stages(2, train=False), "plot"]
+    assert loop.kinds() == ["rm:1", "logps:1", "logps:1", "train:1", *stages(2, train=False), "plot"]
     assert "out/iter_0  train: done before" in out
     loop.run(TRAINING_ITERS=2)
     assert loop.kinds() == ["plot"]
@@ -271,7 +321,7 @@ def test_dry_run_prints_commands_and_runs_nothing(loop):
     settings = dict(DRY_RUN=1, TRAINING_ITERS=2, NUM_GPUS=2, TRAIN_FLAGS="--input_template 'User: {}'")
     out, _ = loop.run(**settings, GENERATE_FLAGS="--eval_task generate_vllm")
     lines = [shlex.split(line) for line in out.splitlines()]
-    assert len(lines) == 3 * 2 + 2 + 1
+    assert len(lines) == 3 * 2 + 2 + 2 * 2 + 1
     assert [line[0] for line in lines[:3]] == ["python", "deepspeed", "deepspeed"]
     assert lines[2][-2:] == ["--input_template", "User: {}"]
     assert loop.calls() == [] and not (loop.path / "out").exists()
@@ -297,12 +347,14 @@ def test_links_to_the_newest(loop):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(METHOD="distill"), "METHOD=distill is not available yet"),
+        (dict(METHOD="distill"), "TEACHER_MODEL_PATH is not set"),
+        (dict(METHOD="csft"), "SFT_DATASET is not set"),
+        (dict(METHOD="csft", SFT_DATASET="prompts.jsonl", CSFT_PROMPTS="0 high"), "CSFT_PROMPTS: high is no number"),
         (dict(METHOD="ppo"), "METHOD=ppo: choose raft"),
         (dict(TRAINING_ITERS="three"), "TRAINING_ITERS=three is not a whole number above 0"),
         (dict(BEST_OF_N="0"), "BEST_OF_N=0 is not a whole number above 0"),
         (dict(NUM_GPUS="-1"), "NUM_GPUS=-1 is not"),
-        (dict(DRY_RUN="yes"), "DRY_RUN=yes: 0 or 1"),
+        (dict(DRY_RUN="yes"), "DRY_RUN=yes, KL=1: 0 or 1"),
         (dict(RM_MODEL_PATH=None), "RM_MODEL_PATH is not set"),
         (dict(POLICY_MODEL_PATH="./nowhere"), "POLICY_MODEL_PATH: ./nowhere does not exist"),
         (

@@ -31,10 +31,11 @@ def write(out, iteration, rows):
 
 def test_numbers(tmp_path):
     write(tmp_path, 2, make_rows([[1.0, 3.0], [2.0, 2.0], [None, 4.0]]))
-    ((iteration, rows),) = plot.read_iterations(tmp_path).items()
+    kind, folders = plot.read_folders(tmp_path)
+    ((number, rows),) = folders.items()
+    assert (kind, number) == ("iter", 2)
     ids = [[5, 6, 5, 6], [7], [5, 6], [], [8, 8, 8], [9, 9]]
-    result = plot.measure(iteration, rows, ids, {"o0": 1.0, "o1": 0.0}.get)
-    assert result["iter"] == 2
+    result = plot.measure(rows, ids, {"o0": 1.0, "o1": 0.0}.get)
     assert result["reward"] == pytest.approx((1 + 3 + 2 + 2 + 4) / 5)
     assert result["reward_best_of_n"] == pytest.approx((3 + 2 + 4) / 3)
     assert result["reward_low"] < result["reward"] < result["reward_high"]
@@ -60,25 +61,27 @@ def test_interval_redraws_prompts_not_samples():
 
 def test_no_reward_at_all(tmp_path):
     write(tmp_path, 0, make_rows([[None], [None]]))
-    rows = plot.read_iterations(tmp_path)[0]
-    result = plot.measure(0, rows, [[1], [1]], None)
+    rows = plot.read_folders(tmp_path)[1][0]
+    result = {"iter": 0, **plot.measure(rows, [[1], [1]], None)}
     assert result["reward"] is None and result["unscored"] == 2
     json.dumps(result, allow_nan=False)
     plot.print_table([result])
+    (tmp_path / "iter_0/scored.jsonl").rename(tmp_path / "iter_0/generate.jsonl")  # METHOD=distill without rewards
+    assert plot.read_folders(tmp_path)[1].keys() == {0}
 
 
 def test_table_picture_and_samples(tmp_path, capsys):
     for k in range(11):  # iter_10 comes after iter_2
         write(tmp_path, k, make_rows([[0.0, 1.0], [0.5, 0.25]], shift=k))
-    iterations = plot.read_iterations(tmp_path)
+    kind, iterations = plot.read_folders(tmp_path)
     assert list(iterations) == list(range(11))
-    report = [plot.measure(k, rows, [[1, 2]] * 4, len) for k, rows in iterations.items()]
+    report = [{"iter": k, **plot.measure(rows, [[1, 2]] * 4, len)} for k, rows in iterations.items()]
     plot.print_table(report)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12 and len({len(line) for line in lines}) == 1 and len(lines[0]) < 120
     plot.plot(tmp_path / "report.png", report)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    plot.write_samples(tmp_path / "samples.md", iterations, len)
+    plot.write_samples(tmp_path / "samples.md", kind, iterations, len)
     table = (tmp_path / "samples.md").read_text().splitlines()[2:]
     assert table[0] == "| prompt | iteration 0 | iteration 10 |" and len(table) == 4
     cells = [cell.strip() for cell in table[2].split("|")][1:4]
@@ -88,8 +91,50 @@ def test_table_picture_and_samples(tmp_path, capsys):
 
 def test_missing_column_and_empty_folder_stop(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        plot.read_iterations(tmp_path)
+        plot.read_folders(tmp_path)
     write(tmp_path, 0, [{"id": 0, "sample": 0, "input": "", "output": "", "finish_reason": "stop"}])
     with pytest.raises(SystemExit, match="2"):
-        plot.read_iterations(tmp_path)
+        plot.read_folders(tmp_path)
     assert capsys.readouterr().err.splitlines()[1].endswith("no column reward")
+
+
+class Words:
+    """A tokenizer: a token per character."""
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(c) for c in text] for text in texts]}
+
+
+@pytest.fixture
+def no_tokenizer(monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: Words())
+
+
+def test_kl_divergences(tmp_path, no_tokenizer, capsys):
+    """Means of differences of log-probs; a sample without one (null) is in none; iteration 0 is the first policy."""
+    for k in range(2):
+        write(tmp_path, k, make_rows([[0.0, 1.0]]))
+        logps = {"policy": [-1.0, -2.0], "first": [-2.0, None], "teacher": [-3.0 + k, -6.0]}
+        for name, values in logps.items():
+            rows = [{"id": 0, "sample": s, "logps": v} for s, v in enumerate(values)]
+            (tmp_path / f"iter_{k}/logps_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.main(plot.Args(out=str(tmp_path), pretrain=""))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["kl_first"] for row in report] == [0.0, 1.0]
+    assert [row["kl_teacher"] for row in report] == [3.0, 2.5]
+    assert "kl_teacher fell in each of 1 iterations: 3.0000 -> 2.5000" in capsys.readouterr().out
+
+
+def test_asked_against_achieved(tmp_path, no_tokenizer, capsys):
+    for k, asked in enumerate(("-1.5", "0", "1")):
+        write(tmp_path, 0, make_rows([[0.0, 1.0]], shift=k))
+        (tmp_path / "iter_0").rename(tmp_path / f"asked_{asked}")
+    summary = {"summary": {"reward_mean": 1.5, "reward_std": 0.5}}
+    (tmp_path / "rm.jsonl.meta.json").write_text(json.dumps(summary))
+    plot.main(plot.Args(out=str(tmp_path), pretrain=""))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["asked"], row["achieved"]) for row in report] == [(-1.5, -2.0), (0.0, 0.0), (1.0, 2.0)]
+    assert "achieved rose in each of 2 steps: -2.0000 -> 0.0000 -> 2.0000" in capsys.readouterr().out
+    assert "asked 1.0" in (tmp_path / "samples.md").read_text() and (tmp_path / "report.png").exists()
