@@ -3,8 +3,8 @@
   python examples/plot.py --out runs/toy --pretrain runs/toy/toy/policy --score_fn examples/toy.py:true_score
 
 Reads OUT/iter_*/scored.jsonl (id, sample, input, output, finish_reason, reward): iter_k holds samples of the
-policy after k iterations; where nothing was scored, generate.jsonl. METHOD=csft has OUT/asked_*/ instead, with
-samples that were asked for a reward. Writes OUT/samples.md, OUT/report.png and OUT/report.json, per folder:
+policy after k iterations; where nothing was scored, generate.jsonl. METHOD=csft has OUT/asked_*/ instead: its
+samples were asked for a reward. Writes OUT/samples.md, OUT/report.png and OUT/report.json, per folder:
     asked, achieved     csft: the reward asked for and the mean reward, in standard deviations of the data
     reward              mean over all samples; reward_low, reward_high: 95 % interval (bootstrap over prompts)
     reward_best_of_n    mean over prompts of the best of their n samples
@@ -145,8 +145,8 @@ def print_table(report):
     """Fixed columns, one line per iteration."""
     columns = """iter:iter:d  asked:asked:g  achieved:achieved:.3f  reward:reward:.4f  reward_low:low:.4f
         reward_high:high:.4f  reward_best_of_n:best-of-n:.4f  true_score:true-score:.4f  kl_first:kl-first:.2f
-        kl_teacher:kl-teacher:.3f  output_tokens:tokens:.1f  length_correlation:length-r:.2f  finished:finished:.1%  distinct_2:distinct-2:.3f
-        all_equal:all-equal:d  unscored:unscored:d"""
+        kl_teacher:kl-teacher:.3f  output_tokens:tokens:.1f  length_correlation:length-r:.2f
+        finished:finished:.1%  distinct_2:distinct-2:.3f  all_equal:all-equal:d  unscored:unscored:d"""
     told = {"iter", "asked"} | {key for result in report for key, value in result.items() if value}
     columns = [c.split(":") for c in columns.split() if c.split(":")[0] in {*report[0], *report[-1]} & told]
     print(" ".join(f"{heading:>{max(7, len(heading))}}" for _, heading, _ in columns))
