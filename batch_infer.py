@@ -4,8 +4,8 @@ Rows are JSON lines. A stage keeps the fields it finds; sft.py and dpo.py know t
     generate  {"id": 7, "sample": 0, "input": "Q: 2+2?\\nA:", "output": " 4", "finish_reason": "stop"}
     rm        the same and "reward": 1.25; null where a row cannot be scored (too long, no response)
 id is the row's index in --dataset. input is what the model saw, chat template and BOS included; messages is
-there too where the prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or the
-length ran out ("length").
+there too where the prompt was messages, and the prompt row's other columns. output has no EOS: finish_reason
+says whether it came ("stop") or the length ran out ("length").
 
 Deviations from the usual scripts:
  1. A sample has random numbers of its own, hash(--seed, --iter, id, sample): it does not depend on the batch,
@@ -19,6 +19,8 @@ Deviations from the usual scripts:
     --apply_chat_template: the messages as its own template writes them, with an OpenRLHF head up to EOS.
     Hugging Face heads look at the last token that is not padding, OpenRLHF heads at the last token; rewards
     are (score - mean) / std where config.json has mean and std.
+ 6. Conditional SFT: the reward stands in the user's turn, in rows of --post_processor csft as in prompts of
+    --csft_prompt. Rewards of such samples are those of the plain prompt (plain_input).
 
 Commands:
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
@@ -129,9 +131,15 @@ class Args:
     seed: int = 42
     """Seed of everything random: data order, LoRA's start and dropout."""
     post_processor: str | None = None
-    """rm: what becomes of the scored rows; rs = the best of each prompt, iter_dpo = best against worst."""
+    """rm: what becomes of the rows: rs = best of each prompt, iter_dpo = best against worst, csft = all."""
     min_margin: float = 0.0
     """With --post_processor iter_dpo: a pair's rewards differ by more than this."""
+    reward_template: str = "{input} <rm_score>: {reward} "
+    """csft: what becomes of a user's text; {reward} has two decimals."""
+    normalize_reward: bool = False
+    """csft: {reward} is (reward - mean) / std over all rows; <output_path>.meta.json has both."""
+    csft_prompt: float | None = None
+    """generate: ask for this {reward}, with the --reward_template that csft had."""
     # from here on, flags do not decide the result
     scored_path: str | None = None
     """rm: keep all scored rows in this .jsonl, next to the post-processor's output."""
@@ -368,11 +376,8 @@ def tree_length(tree):
     return len(tree["prompt"]) + sum(map(len, tree["responses"]))
 
 
-def usable(items, make, args):
-    """(what make(item) gives for each item, a phrase on those it cannot use, by reason and place).
-
-    items are (where, ...); stops when too few are usable.
-    """
+def sort_out(items, make):
+    """(what make(item) gives for each item, (where, ...), a phrase on those it cannot use: why and where)."""
     made, places = [], collections.defaultdict(list)
     for item in items:
         try:
@@ -381,19 +386,28 @@ def usable(items, make, args):
             places[str(e).splitlines()[0]].append(item[0])
     listed = {why: ", ".join(at[:9] + ["..."] * (len(at) > 9)) for why, at in places.items()}
     phrases = ", ".join(f"{len(places[why])} {why} ({at})" for why, at in listed.items())
-    summary = f"{len(items) - len(made)} left out{': ' * bool(phrases)}{phrases}"
+    return made, f"{len(items) - len(made)} left out{': ' * bool(phrases)}{phrases}"
+
+
+def usable(items, make, args):
+    """The same, but stops when too few are usable."""
+    made, summary = sort_out(items, make)
     if not made or len(items) - len(made) > args.max_drop_ratio * len(items):
         die(f"{len(items)} rows, {summary}: more than --max_drop_ratio {args.max_drop_ratio}")
     return made, summary
 
 
+# what we write into rows; columns of the prompts with other names stay in the rows of their samples
+OUR_FIELDS = "id sample input output finish_reason messages prompt plain_input reward".split()
+
+
 class Prompt(NamedTuple):
-    """A prompt as the model sees it; messages, where it was given as such; room: most tokens of a sample."""
+    """A prompt as the model sees it; fields: what its rows have besides; room: most tokens of a sample."""
 
     id: int
     text: str
     ids: list
-    messages: list
+    fields: dict
     room: int
 
 
@@ -407,6 +421,9 @@ def make_prompts(rows, tokenizer, args):
         indices = [i % len(rows) for i in range(start, start + min(args.rollout_batch_size, len(rows)))]
     items = [(*rows[i], i) for i in indices]
     prompts, summary = usable(items, lambda item: make_prompt(*item, key, tokenizer, limit, args), args)
+    lost = [name for name in rows[0][1] if name in OUR_FIELDS and name != key]
+    if lost:
+        note(f"notice columns of the prompts that are not kept, as we write such: {', '.join(lost)}")
     part = "" if args.iter is None else f", iteration {args.iter} of {len(rows):,} rows"
     note(f"data   {len(prompts):,} prompts from column {key}{part} | {summary}")
     return prompts
@@ -425,19 +442,44 @@ def make_prompt(where, row, index, key, tokenizer, limit, args):
     text = value if isinstance(value, str) else "".join(message["content"] for message in messages)
     if not text.strip():
         raise ValueError("empty prompt")
-    if messages:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    elif args.input_template:
-        text = args.input_template.replace("{}", text)
-    ids = prompt_ids(tokenizer, text, bos=not messages)
+    prompt = messages or value
+    text, ids = render_prompt(conditioned(prompt, args.csft_prompt, args), tokenizer, args)
     if len(ids) > args.prompt_max_len:
         raise ValueError(f"longer than --prompt_max_len {args.prompt_max_len}")
     if len(ids) >= limit:
         raise ValueError(f"no room for a response in {limit} tokens")
-    if not messages and ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
+    fields = {"messages": messages} if messages else {"prompt": prompt} if args.input_template else {}
+    if args.csft_prompt is not None:
+        fields["plain_input"] = render_prompt(prompt, tokenizer, args)[0]
+    fields |= {name: row[name] for name in row if name not in (key, *OUR_FIELDS)}
+    return Prompt(index, text, ids, fields, min(args.max_new_tokens, limit - len(ids)))
+
+
+def conditioned(prompt, reward, args):
+    """The prompt, text or messages, with the reward in its last user turn; None: as it is."""
+    if reward is None:
+        return prompt
+    template = args.reward_template.replace("{reward}", f"{round(reward, 2) + 0.0:.2f}")  # 0.00, never -0.00
+    if isinstance(prompt, str):
+        return template.replace("{input}", prompt)
+    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    if not users:
+        raise ValueError("no user turn for --reward_template")
+    text = template.replace("{input}", prompt[users[-1]]["content"])
+    return [*prompt[: users[-1]], prompt[users[-1]] | {"content": text}, *prompt[users[-1] + 1 :]]
+
+
+def render_prompt(prompt, tokenizer, args):
+    """(text, ids) of a prompt, text or messages, as the model sees it: template and BOS in."""
+    if isinstance(prompt, list):
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return text, prompt_ids(tokenizer, text, bos=False)
+    text = args.input_template.replace("{}", prompt) if args.input_template else prompt
+    ids = prompt_ids(tokenizer, text, bos=True)
+    if ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
         forms = [tokenizer.bos_token + text, tokenizer.decode(ids)]  # some tokenizers want a blank behind BOS
         text = next((form for form in forms if prompt_ids(tokenizer, form, bos=False) == ids), forms[0])
-    return Prompt(index, text, ids, messages, min(args.max_new_tokens, limit - len(ids)))
+    return text, ids
 
 
 def prompt_ids(tokenizer, text, bos):
@@ -462,23 +504,38 @@ def context_limit(args):
     return args.max_model_len or min(args.prompt_max_len + args.max_new_tokens, limit)
 
 
-def score_text(row, keys, tokenizer, openrlhf, args):
-    """The rendered text of a row as the reward model reads it."""
+def row_texts(row, keys, chat):
+    """(prompt, response) of a row: two texts, or (chat) messages and the assistant's turn that follows them.
+
+    Of our own rows the prompt without what --csft_prompt put in: no reward model has ever seen that.
+    """
     prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
-    reason, chat = row.get("finish_reason"), args.apply_chat_template
     if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
-    if reason is not None:  # our own row: its input is rendered for the policy, messages are not
-        prompt, chat = (row["messages"], True) if chat and row.get("messages") else (prompt, False)
+    if row.get("finish_reason") is not None:  # our own: input is rendered for the policy, messages are not
+        chat = chat and bool(row.get("messages"))
+        prompt = row["messages"] if chat else row.get("plain_input", prompt)
     if not chat and isinstance(prompt, str) and isinstance(response, str):
-        return render(tokenizer, prompt, response.removesuffix(tokenizer.eos_token), args, reason)
+        return prompt, response
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
-    text, spans, *_ = chat_text(tokenizer, messages, multiturn=False)
-    start = spans[-1][0] if spans else 0
-    if start == 0 or (reason == "length" and response.strip() not in text[start:]):
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    if last == 0:
+        raise ValueError("no assistant turn after a prompt")
+    return messages[:last], messages[last]
+
+
+def score_text(row, keys, tokenizer, openrlhf, args):
+    """The rendered text of a row as the reward model reads it."""
+    prompt, response = row_texts(row, keys, args.apply_chat_template)
+    reason = row.get("finish_reason")
+    if isinstance(prompt, str):
+        return render(tokenizer, prompt, response.removesuffix(tokenizer.eos_token), args, reason)
+    text, spans, *_ = chat_text(tokenizer, [*prompt, response], multiturn=False)
+    start, answer = spans[-1][0] if spans else 0, response["content"].strip()
+    if start == 0 or (reason == "length" and answer not in text[start:]):
         raise ValueError("the chat template rewrites the response")
     if reason == "length":  # without what the template writes behind the answer
-        text = text[: text.index(response.strip(), start) + len(response.strip())]
+        text = text[: text.index(answer, start) + len(answer)]
     elif openrlhf:
         text = text.rstrip("\n")
     finished = openrlhf and reason != "length" and not text.endswith(tokenizer.eos_token)
@@ -745,7 +802,8 @@ class Parts:
     def write(self, rows):
         """Appends finished results."""
         try:
-            self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+            self.file.writelines(lines)
             self.file.flush()
         except OSError as e:
             die(f"{self.file.name}: {e.strerror}; what is written stays, the same command continues")
@@ -790,7 +848,7 @@ def write_samples(parts, prompt, samples, tokenizer, stop_ids, args):
         cuts = [text.find(stop) for stop in args.stop if stop in text]
         row = {"id": prompt.id, "sample": k, "input": prompt.text, "output": text[: min(cuts, default=None)]}
         row["finish_reason"] = "length" if end is None and not cuts else "stop"
-        rows.append(row | ({"messages": prompt.messages} if prompt.messages else {}))
+        rows.append(row | prompt.fields)
     parts.write(rows)
 
 
@@ -1076,6 +1134,44 @@ def best_and_worst(rows, keys, args):
     return pairs
 
 
+def conditional_rows(rows, keys, args):
+    """Conditional SFT (arXiv:2308.12050): each response, with its reward in the prompt, as a row for sft.py.
+
+    Plain prompts stay text; conversations stay messages, which sft.py renders.
+    """
+    mean, std = reward_statistics(rows) if args.normalize_reward else (0.0, 1.0)
+
+    def make(item):
+        row = item[1]
+        reason = row.get("finish_reason")
+        if row["reward"] is None:
+            raise ValueError("no reward")
+        if reason == "length" and row.get("messages"):
+            raise ValueError("the answer was cut, but a chat template would end it")
+        plain, response = row_texts(row, keys, args.apply_chat_template or reason is not None)
+        user = row.get("prompt", plain) if reason and isinstance(plain, str) else plain
+        prompt = conditioned(user, (row["reward"] - mean) / (std or 1.0), args)
+        if isinstance(plain, str):  # --input_template stands around the user's text
+            if plain.count(user) != 1:
+                raise ValueError("--input_template holds the prompt's own words")
+            prompt, response = plain.replace(user, prompt), {"content": response}
+        kept = {name: row[name] for name in ("id", "sample", "finish_reason", "reward") if name in row}
+        return {**kept, "input": prompt, "output": response["content"]}
+
+    made, summary = sort_out([(f"row {i + 1}", row) for i, row in enumerate(rows)], make)
+    note(f"csft   {len(made):,} rows | {summary}")
+    return made
+
+
+def reward_statistics(rows):
+    """(mean, standard deviation) of the rewards there are; None if there are none."""
+    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
+    return (float(np.mean(rewards)), float(np.std(rewards))) if rewards else (None, None)
+
+
+POST_PROCESSORS = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
+
+
 # --- main
 
 
@@ -1088,6 +1184,7 @@ def start(args):
     args.top_k = max(args.top_k, 0)  # -1 is another way to say all
     args.stop = tuple(text.replace("\\n", "\n") for text in args.stop if text)
     args.post_processor = None if args.post_processor == "null" else args.post_processor
+    args.reward_template = args.reward_template.replace("\\n", "\n")
     if args.input_template is not None:
         args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
         if "{}" not in args.input_template:
@@ -1110,16 +1207,22 @@ def check_flags(args, world_size):
     ranges = dict.fromkeys(f"{sizes} max_num_seqs".split(), (1, 2**31)) | {"iter": (0, 2**31)}
     ranges |= {"temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9)}
     ranges |= {"gpu_memory_utilization": (0, 1), "max_model_len": (2, 2**31), "zero_stage": (0, 3)}
+    ranges |= {"csft_prompt": (-1e6, 1e6)}
     for name, (low, high) in ranges.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             die(f"--{name} must be between {low} and {high}, not {getattr(args, name)}")
     if args.temperature == 0 and args.best_of_n > 1:
         die(f"--greedy_sampling gives the same answer each time: --best_of_n {args.best_of_n} makes no sense")
-    if args.post_processor not in (None, "rs", "iter_dpo"):
-        why = "not available yet" if args.post_processor == "csft" else "unknown"
-        die(f"--post_processor {args.post_processor}: {why}; there are rs and iter_dpo")
+    if args.post_processor not in (None, *POST_PROCESSORS):
+        die(f"--post_processor {args.post_processor}: unknown; there are {', '.join(POST_PROCESSORS)}")
     if (args.post_processor or args.scored_path) and args.eval_task != "rm":
         die(f"--post_processor and --scored_path belong to --eval_task rm, not {args.eval_task}")
+    if args.csft_prompt is not None and args.eval_task == "rm":
+        die("--csft_prompt is for generation; csft shows the reward that it finds")
+    if args.normalize_reward and args.post_processor != "csft":
+        die("--normalize_reward belongs to --post_processor csft")
+    if "{input}" not in args.reward_template or "{reward}" not in args.reward_template:
+        die(f"--reward_template {args.reward_template!r} lacks {{input}} or {{reward}}")
     if args.eval_task == "generate_vllm":
         if importlib.util.find_spec("vllm") is None:
             die("vLLM is missing: pip install -r requirements-vllm.txt, or use --eval_task generate")
@@ -1151,15 +1254,15 @@ def finish(args, rows, identity, keys, started):
     meta = Path(f"{args.output_path}.meta.json")
     best = rows
     if args.post_processor:
-        select = {"rs": best_samples, "iter_dpo": best_and_worst}[args.post_processor]
-        best = select(rows, keys, args)
+        best = POST_PROCESSORS[args.post_processor](rows, keys, args)
     ends = [row["finish_reason"] == "stop" for row in rows if row.get("finish_reason")]
-    numbers = {"finished": ends, "reward_mean": rewards_of(rows)}
-    summary = {"rows": len(rows)}
+    summary = {"rows": len(rows)} | ({"finished": float(np.mean(ends))} if ends else {})
+    if args.eval_task == "rm":
+        summary["without_reward"] = sum(row["reward"] is None for row in rows)
+        summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
     if best is not rows:
-        summary["selected"] = len(best)
-        numbers["selected_reward_mean"] = [row.get("reward", row.get("chosen_reward")) for row in best]
-    summary |= {name: float(np.mean(values)) for name, values in numbers.items() if values}
+        chosen = [{"reward": row.get("reward", row.get("chosen_reward"))} for row in best]
+        summary |= {"selected": len(best), "selected_reward_mean": reward_statistics(chosen)[0]}
     meta.unlink(missing_ok=True)
     for path, result in zip(outputs(args), (best, rows), strict=False):
         write_rows(path, result)
@@ -1168,13 +1271,8 @@ def finish(args, rows, identity, keys, started):
     shutil.rmtree(f"{args.output_path}.partial")
     if ends:
         note(f"sample {rows[0]['input'][-50:]}[{rows[0]['output'][:200]}]".replace("\n", "\\n"))
-    text = "  ".join(f"{name} {value:.4g}" for name, value in summary.items())
+    text = "  ".join(f"{name} {value:.4g}" for name, value in summary.items() if value is not None)
     note(f"saved  {args.output_path}  {text}  ({datetime.timedelta(seconds=int(time.time() - started))})")
-
-
-def rewards_of(rows):
-    """The rewards there are."""
-    return [row["reward"] for row in rows if row.get("reward") is not None]
 
 
 def main(args):

@@ -300,7 +300,9 @@ def test_the_prompt_is_the_one_that_sft_trains(home, bos, chat):
     assert direct[: len(prompt.ids)] == ours[: len(prompt.ids)] == prompt.ids
     assert direct == ours
     assert (prompt.ids[0] == 2) == (bos and not chat) == prompt.text.startswith("<bos>")
-    assert prompt.messages == ([{"role": "user", "content": QUESTIONS[1]}] if chat else [])
+    assert prompt.fields == (
+        {"messages": [{"role": "user", "content": QUESTIONS[1]}]} if chat else {"prompt": QUESTIONS[1]}
+    )
 
 
 def test_conversations_are_asked_up_to_their_last_question(home):
@@ -309,7 +311,16 @@ def test_conversations_are_asked_up_to_their_last_question(home):
     for rows in ([{"messages": messages}], [{"conversations": [{"from": r, "value": t} for r, t in turns]}]):
         (prompt,) = prompts_of(home, rows)
         assert prompt.text == "<|user|>1?\n<|assistant|>1<eos>\n<|user|>2?\n<|assistant|>"
-        assert prompt.messages == messages[:3]
+        assert prompt.fields["messages"] == messages[:3]
+
+
+def test_other_columns_of_the_prompt_stay_in_its_rows(home, tmp_path, capsys):
+    """A reward function finds the right answer there; names of ours are never taken from the prompts."""
+    rows = [{"id": "x", "question": QUESTIONS[i], "answer": i, "output": "old"} for i in range(3)]
+    found = run(home, "generate", tmp_path / "a.jsonl", dataset=write(tmp_path / "x.jsonl", rows))
+    assert [(row["id"], row["answer"], row["input"]) for row in found] == [(i, i, QUESTIONS[i]) for i in range(3)]
+    assert "question" not in found[0] and found[0]["output"] != "old"
+    assert "that are not kept, as we write such: id, output" in capsys.readouterr().out
 
 
 # --- scoring
@@ -484,6 +495,110 @@ def test_iterative_dpo_pairs(capsys):
     assert [p["id"] for p in script.best_and_worst(rows, ("input", "output"), margin(0.5))] == [0]
 
 
+def conditional(rows, keys=("input", "output"), **flags):
+    return script.conditional_rows(rows, keys, script.Args("rm", "", "", post_processor="csft", **flags))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "template", "chat", "messages"])
+def test_csft_trains_on_the_prompt_that_csft_prompt_asks_with(home, tmp_path, kind, bos):
+    """Rows of any data, and our own samples: the prompt of sft.py's example is generation's, char for char."""
+    sft, tokenizer = load_script("sft"), make_tokenizer(bos=bos)
+    template = "Q: {}\nA:" if kind == "template" else None
+    flags = {"input_template": template, "apply_chat_template": kind == "chat"}
+    system = [{"role": "system", "content": "Be kind."}] * (kind == "messages")
+    prompt = [*system, {"role": "user", "content": QUESTIONS[1]}] if kind == "messages" else QUESTIONS[1]
+    answer = [{"role": "assistant", "content": " It is 8."}] if kind == "messages" else " It is 8."
+    asked = 1.0 if bos else -0.5  # of the rewards 3 and 5: mean 4, std 1; or the reward as it is
+    flags |= {"normalize_reward": bos}
+    rewards = (5.0, 3.0) if bos else (-0.5, 3.0)
+    source = [{"prompt": prompt, "response": answer, "reward": reward} for reward in rewards]
+    plain = prompts_of(home, [{"prompt": prompt}], tokenizer, **flags | {"normalize_reward": False})[0]
+    ours = [
+        plain.fields | {"id": 7, "sample": i, "input": plain.text, "output": " It is 8.", "reward": reward}
+        for i, reward in enumerate(rewards)
+    ]
+    ours = [row | {"finish_reason": "stop"} for row in ours]
+    del flags["normalize_reward"]
+    (seen,) = prompts_of(home, [{"prompt": prompt}], tokenizer, csft_prompt=asked, **flags)
+    assert f"{QUESTIONS[1]} <rm_score>: {asked:.2f} " in seen.text and seen.fields["plain_input"] == plain.text
+    for rows, keys in ((source, ("prompt", "response")), (ours, ("input", "output"))):
+        row = conditional(rows, keys, normalize_reward=bos, **flags)[0]
+        assert list(row)[-3:] == ["reward", "input", "output"] and row["reward"] == rewards[0]
+        sft_keys = sft.find_keys([("x", row)], (None, None), ("", ""), [("messages", None), ("input", "output")])
+        sft_flags = {} if rows is ours else {"input_template": template}
+        args = sft.Args(pretrain="", **sft_flags)
+        ((text, spans, finished, needs_bos),) = sft.sft_texts(row, tokenizer, sft_keys, args)
+        trained_prompt = ("<bos>" if needs_bos and bos else "") + text[: spans[-1][0]]
+        assert trained_prompt == seen.text
+        ids, trained = sft.label_tokens((text, spans, finished, needs_bos), tokenizer, {1}, 999)
+        assert ids[-1] == 1 and trained[-1]
+        if kind != "plain":  # there the blank at the end of the template may join the answer
+            assert ids[: len(seen.ids)].tolist() == seen.ids
+
+
+def test_csft_rewards_never_give_nan():
+    row = {"input": "Q", "output": "A", "reward": 2.0}
+    for rewards in ([2.0], [2.0, 2.0], [2.0, None]):
+        rows = conditional([row | {"reward": reward} for reward in rewards], normalize_reward=True)
+        assert [r["input"] for r in rows] == ["Q <rm_score>: 0.00 "] * (len(rewards) - rewards.count(None))
+    assert conditional([row | {"reward": -0.001}])[0]["input"] == "Q <rm_score>: 0.00 "  # never -0.00
+    assert conditional([row | {"reward": None}]) == []
+    mixed = row | {"input": "say {reward} or {input}"}
+    assert conditional([mixed], reward_template="{reward}: {input}")[0]["input"] == "2.00: say {reward} or {input}"
+
+
+def test_csft_leaves_out_what_it_cannot_show(capsys):
+    user = [{"role": "user", "content": "Q"}]
+    own = {"input": "<|user|>Q\n<|assistant|>", "output": "A", "reward": 1.0, "finish_reason": "length"}
+    rows = [own | {"messages": user}, own, own | {"messages": user, "finish_reason": "stop"}]
+    rows += [own | {"input": "Q: A\nA:", "prompt": "A"}, own | {"reward": None}]
+    rows += [own | {"messages": [{"role": "system", "content": "Q"}], "finish_reason": "stop"}]
+    found = conditional(rows)
+    assert [row["input"] if isinstance(row["input"], str) else row["input"][0]["content"] for row in found] == [
+        "<|user|>Q\n<|assistant|> <rm_score>: 1.00 ",
+        "Q <rm_score>: 1.00 ",
+    ]
+    line = capsys.readouterr().out
+    assert "2 rows | 4 left out: 1 the answer was cut" in line and "no user turn" in line and "own words" in line
+
+
+def test_csft_of_a_preference_dataset(home, tmp_path):
+    """The seed document's command: whole conversations in a column; and text prompts beside text answers."""
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": f"{i}."}] for i, q in enumerate(QUESTIONS)]
+    rows = [{"chosen": turn, "rejected": turn[:1] + turn[:1], "messages": "other"} for turn in turns]
+    flags = {"dataset": write(tmp_path / "x.jsonl", rows), "input_key": "chosen", "apply_chat_template": True}
+    found = run(home, "rm", tmp_path / "a.jsonl", post_processor="csft", normalize_reward=True, **flags)
+    summary = json.loads((tmp_path / "a.jsonl.meta.json").read_text())["summary"]
+    for i, row in enumerate(found):
+        text = f"<|user|>{QUESTIONS[i]}\n<|assistant|>{i}.<eos>\n"
+        assert row["reward"] == pytest.approx(hugging_face_score(home / "rm", text), abs=1e-5)
+        shown = (row["reward"] - summary["reward_mean"]) / summary["reward_std"]
+        assert row["input"][0]["content"] == f"{QUESTIONS[i]} <rm_score>: {shown:.2f} ".replace("-0.00", "0.00")
+        assert list(row) == ["reward", "input", "output"] and row["output"] == f"{i}."
+    pairs = [{"prompt": row["chosen"][0]["content"], "chosen": row["chosen"][1]["content"]} for row in rows]
+    flags |= {"dataset": write(tmp_path / "y.jsonl", pairs), "input_key": "prompt", "output_key": "chosen"}
+    assert run(home, "rm", tmp_path / "b.jsonl", post_processor="csft", normalize_reward=True, **flags) == found
+
+
+def test_samples_under_a_condition_are_scored_without_it(home, tmp_path):
+    """By the plain prompt and by the messages: no reward model has ever read a condition."""
+    flags = {"csft_prompt": 1.5, "max_samples": 3}
+    for chat in (False, True):
+        asked = run(home, "generate", tmp_path / f"{chat}.jsonl", apply_chat_template=chat, **flags)
+        assert all(" <rm_score>: 1.50 " in row["input"] for row in asked)
+        data = str(tmp_path / f"{chat}.jsonl")
+        scored = run(home, "rm", tmp_path / f"rm{chat}.jsonl", dataset=data)
+        for row in scored:
+            assert "<rm_score>" not in row["plain_input"]
+            expected = hugging_face_score(home / "rm", scored_text(row | {"input": row["plain_input"]}))
+            assert row["reward"] == pytest.approx(expected, abs=1e-5)
+    again = run(home, "rm", tmp_path / "again.jsonl", dataset=data, apply_chat_template=True)
+    assert [row["reward"] for row in again if row["finish_reason"] == "length"] == pytest.approx(
+        [row["reward"] for row in scored if row["finish_reason"] == "length"], abs=1e-5
+    )
+
+
 def test_post_processor_and_scored_path(home, samples, tmp_path):
     flags = {"dataset": str(home / "samples.jsonl"), "scored_path": str(tmp_path / "all.jsonl")}
     best = run(home, "rm", tmp_path / "best.jsonl", post_processor="rs", **flags)
@@ -648,8 +763,11 @@ def test_two_ranks(home, samples, tmp_path):
 
 def test_bad_flags(home, tmp_path, capsys):
     cases = {
-        "--post_processor csft: not available yet": {"task": "rm", "post_processor": "csft"},
         "--post_processor bon: unknown; there are rs": {"task": "rm", "post_processor": "bon"},
+        "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
+        "--csft_prompt is for generation": {"task": "rm", "csft_prompt": 1.0},
+        "--csft_prompt must be between": {"csft_prompt": float("nan")},
+        "--normalize_reward belongs to --post_processor csft": {"task": "rm", "normalize_reward": True},
         "belong to --eval_task rm": {"post_processor": "rs"},
         "--top_p must be between": {"top_p": 1.5},
         "--best_of_n must be between": {"best_of_n": 0},
