@@ -1,8 +1,9 @@
-"""Batch inference in one file: samples of a policy (generate_vllm, generate), rewards of a reward model (rm).
+"""Batch inference in one file: samples of a policy (generate_vllm, generate), rewards (rm), log-probs (logps).
 
 Rows are JSON lines. A stage keeps the fields it finds; sft.py and dpo.py know these rows without flags:
     generate  {"id": 7, "sample": 0, "input": "Q: 2+2?\\nA:", "output": " 4", "finish_reason": "stop"}
     rm        the same and "reward": 1.25; null where a row cannot be scored (too long, no response)
+    logps     the same and "logps": -31.4, "tokens": 12; log pi(output | input) of --pretrain in summed nats
 id is the row's index in --dataset. input is what the model saw, chat template and BOS included; messages is
 there too where the prompt was messages, and the prompt row's other columns. output has no EOS: finish_reason
 says whether it came ("stop") or the length ran out ("length").
@@ -21,11 +22,14 @@ Deviations from the usual scripts:
     are (score - mean) / std where config.json has mean and std.
  6. Conditional SFT: the reward stands in the user's turn, in rows of --post_processor csft as in prompts of
     --csft_prompt. Rewards of such samples are those of the plain prompt (plain_input).
+ 7. A reward may be a Python function, or a weighted sum of several and a reward model. A call that fails or
+    takes too long gives null, not 0, and is counted.
 
 Commands:
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
     deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl \\
         --post_processor rs --output_path best.jsonl
+    python batch_infer.py --eval_task rm --reward_fn examples/rewards/gsm8k.py:correct --dataset g.jsonl ...
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 batch_infer.py ...
     python batch_infer.py --eval_task generate --pretrain runs/raft/toy/policy --no-bf16 \\
         --dataset runs/raft/toy/prompts.jsonl --max_new_tokens 64 --output_path g.jsonl          # a smoke run
@@ -37,11 +41,15 @@ import datetime
 import fcntl
 import hashlib
 import importlib.util
+import inspect
+import itertools
 import json
 import math
 import os
 import shutil
+import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -63,13 +71,13 @@ import transformers
 
 @dataclass
 class Args:
-    eval_task: Literal["generate_vllm", "generate", "rm"]
-    """generate_vllm: sample with vLLM; generate: sample with Hugging Face, on any machine; rm: score rows."""
-    # model
-    pretrain: str
-    """The model to train: a Hugging Face folder or hub name."""
+    eval_task: Literal["generate_vllm", "generate", "rm", "logps"]
+    """generate_vllm, generate: sample with vLLM, Hugging Face; rm: rewards; logps: a policy's log-probs."""
     output_path: str
     """The .jsonl to write."""
+    # model
+    pretrain: str = ""
+    """The model to train: a Hugging Face folder or hub name."""
     bf16: bool = True
     """bf16 weights with fp32 master weights; --no-bf16 trains in fp32."""
     flash_attn: bool = False
@@ -140,6 +148,10 @@ class Args:
     """csft: {reward} is (reward - mean) / std over all rows; <output_path>.meta.json has both."""
     csft_prompt: float | None = None
     """generate: ask for this {reward}, with the --reward_template that csft had."""
+    reward_fn: str | None = None
+    """rm: FILE.py:NAME[=WEIGHT], ...: added up, with the --pretrain model (model=WEIGHT), if there is one."""
+    reward_timeout: float = 10.0
+    """rm: seconds that a call of --reward_fn may take."""
     # from here on, flags do not decide the result
     scored_path: str | None = None
     """rm: keep all scored rows in this .jsonl, next to the post-processor's output."""
@@ -398,7 +410,7 @@ def usable(items, make, args):
 
 
 # what we write into rows; columns of the prompts with other names stay in the rows of their samples
-OUR_FIELDS = "id sample input output finish_reason messages prompt plain_input reward".split()
+OUR_FIELDS = "id sample input output finish_reason messages prompt plain_input reward rewards".split()
 
 
 class Prompt(NamedTuple):
@@ -504,14 +516,28 @@ def context_limit(args):
     return args.max_model_len or min(args.prompt_max_len + args.max_new_tokens, limit)
 
 
+def find_pairs(rows, args):
+    """The columns of prompt and response; of whole conversations (column, None)."""
+    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
+    layouts += [(i, o) for i in ("prompt", "question") for o in ("response", "completion", "answer")]
+    layouts = [("input", "output")] if "finish_reason" in rows[0][1] else layouts
+    return find_keys(rows, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
+
+
+def read_pair(row, keys):
+    """(prompt, response) as they stand in the row; the response is [] where the prompt holds both."""
+    prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
+    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    return prompt, response
+
+
 def row_texts(row, keys, chat):
     """(prompt, response) of a row: two texts, or (chat) messages and the assistant's turn that follows them.
 
     Of our own rows the prompt without what --csft_prompt put in: no reward model has ever seen that.
     """
-    prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
-    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
-        prompt = f"{prompt}\n\n{row['input']}"
+    prompt, response = read_pair(row, keys)
     if row.get("finish_reason") is not None:  # our own: input is rendered for the policy, messages are not
         chat = chat and bool(row.get("messages"))
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
@@ -542,19 +568,20 @@ def score_text(row, keys, tokenizer, openrlhf, args):
     return text, [(start, len(text))], finished, False
 
 
-def make_score_trees(rows, tokenizer, openrlhf, args):
-    """(trees of the rows that can be scored, each with its rows' indices; columns of prompt and response).
+def make_score_trees(rows, keys, tokenizer, stop_ids, args):
+    """Trees of the rows that can be scored, each with its rows' indices: the text as the model reads it.
 
     Responses to the same prompt text hang together, at most micro_batch_size of them.
     """
-    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [(i, o) for i in ("prompt", "question") for o in ("response", "completion", "answer")]
-    layouts = [("input", "output")] if "finish_reason" in rows[0][1] else layouts
-    keys = find_keys(rows, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
+    openrlhf = args.eval_task == "rm" and is_openrlhf(model_config(args))
 
     def encode(item):
-        rendered = score_text(item[1], keys, tokenizer, openrlhf, args)
-        encoding = label_tokens(rendered, tokenizer, (), 2**31)
+        if args.eval_task == "rm":
+            rendered, stops = score_text(item[1], keys, tokenizer, openrlhf, args), ()
+        else:  # logps: as sft.py trains it
+            pair, stops = read_pair(item[1], keys), stop_ids
+            rendered = render(tokenizer, *pair, args, item[1].get("finish_reason"))
+        encoding = label_tokens(rendered, tokenizer, stops, 2**31)
         if len(encoding[0]) > args.max_len:
             raise ValueError(f"longer than --max_len {args.max_len}")
         return rendered[0][: rendered[1][0][0]], (item[2], encoding)
@@ -569,7 +596,19 @@ def make_score_trees(rows, tokenizer, openrlhf, args):
             trees.append({**make_tree(encodings), "rows": indices})
     saved = sum(len(ids) for _, (_, (ids, _)) in encoded) / sum(map(tree_length, trees))
     note(f"data   {len(encoded):,} rows of {len(groups):,} prompts, {saved:.1f}x fewer tokens | {summary}")
-    return trees, keys
+    return trees
+
+
+def make_calls(rows, keys, args):
+    """What --reward_fn is called with: (index of the row, prompt, response, row)."""
+
+    def call(item):
+        prompt, response = row_texts(item[1], keys, args.apply_chat_template)
+        return item[2], prompt, response if isinstance(response, str) else response["content"], item[1]
+
+    calls, summary = usable([(*row, i) for i, row in enumerate(rows)], call, args)
+    note(f"data   {len(calls):,} rows for {args.reward_fn} | {summary}")
+    return calls
 
 
 # --- packing, attention
@@ -750,8 +789,9 @@ def identify_stage(args, tokenizer):
     """What decides the output: flags and the contents of model and data, not speed, places or ranks."""
     flags, places = dataclasses.asdict(args), ("pretrain", "output_path", "dataset", "max_drop_ratio")
     identity = {k: v for k, v in list(flags.items())[: list(flags).index("scored_path")] if k not in places}
-    identity |= {"weights": fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
-    identity["chat_template"] = tokenizer.chat_template
+    identity |= {"weights": args.pretrain and fingerprint(args.pretrain), "data": fingerprint(args.dataset)}
+    identity["chat_template"] = tokenizer and tokenizer.chat_template
+    identity["reward_files"] = [fingerprint(path) for _, path in combined_rewards(args).values() if path]
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
@@ -825,7 +865,7 @@ class Progress:
         self.last, seconds = now, max(now - self.started, 1e-9)
         rate = (self.done - self.earlier) / seconds
         left = datetime.timedelta(seconds=int((self.total - self.done) / rate))
-        speed = f"{rate:,.1f} {self.unit}/s  {self.tokens / seconds:,.0f} tok/s"
+        speed = f"{rate:,.1f} {self.unit}/s" + f"  {self.tokens / seconds:,.0f} tok/s" * bool(self.tokens)
         note(f"infer  {self.done:>7,}/{self.total:,}  {speed}  eta {left}")
 
 
@@ -1032,6 +1072,22 @@ class RewardModel:
         return (F.linear(self.hidden(trees).float(), *self.head)[:, 0] - self.mean) / self.std
 
 
+class Policy(RewardModel):
+    """A causal LM: model(trees) -> log-probabilities of the responses, summed nats, [responses]."""
+
+    def __init__(self, args, device):
+        self.model, self.device, self.pad = load_model(args.pretrain, args).to(device).eval(), device, None
+
+    def __call__(self, trees):
+        pack = pack_trees(trees, self.device)
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
+        # [N, V], the largest tensor here: the model's own head, at the places that predict a token only
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=pack["positions"]).logits[0].float()
+        logps = logits.gather(1, pack["targets"][:, None])[:, 0] - logits.logsumexp(1)  # [N]
+        n_responses = sum(len(tree["responses"]) for tree in trees)
+        return logps.new_zeros(n_responses).index_add_(0, pack["owners"], logps)
+
+
 def load_classifier(config, key_mapping, args):
     """(sequence classifier with tree attention and a head in fp32, what its checkpoint lacks)."""
     transformers.AttentionInterface.register("tree", tree_attention)
@@ -1062,7 +1118,7 @@ def last_tokens(trees, pad):
     return places
 
 
-def check_rewards(model, args):
+def check_trees(model, args):
     """Stops unless hidden states in a tree equal those of the model's eager attention, each branch alone."""
     ids = np.arange(40) * 7919 % (model.model.config.get_text_config().vocab_size - 9) + 9  # 0 is often pad
     prompt, branches = ids[:16].astype(np.int32), [ids[16:27].astype(np.int32), ids[27:].astype(np.int32)]
@@ -1079,7 +1135,7 @@ def check_rewards(model, args):
 
 @torch.inference_mode()
 def score(trees, parts, args, rank, world_size, device):
-    """Rewards of all rows of the trees, balanced over the ranks by tokens.
+    """Rewards, or log-probs, of all rows of the trees, balanced over the ranks by tokens.
 
     The plan is the same at every start with as many ranks: after a kill, a row has the neighbours it had.
     """
@@ -1090,13 +1146,126 @@ def score(trees, parts, args, rank, world_size, device):
         plan += [[trees[begin + i] for i in bin] for bin in split_step(lengths, world_size, per_pass)[rank]]
     todo = [bin for bin in plan if any((i, 0) not in parts.done for tree in bin for i in tree["rows"])]
     n_rows, n_todo = (sum(len(tree["rows"]) for bin in bins for tree in bin) for bins in (plan, todo))
-    model = RewardModel(args, device)
-    check_rewards(model, args)
+    model = (RewardModel if args.eval_task == "rm" else Policy)(args, device)
+    check_trees(model, args)
     progress = Progress("rows", n_rows - n_todo, n_rows)
     for bin in todo:
-        indices, rewards = [i for tree in bin for i in tree["rows"]], model(bin).tolist()
-        parts.write({"id": i, "sample": 0, "reward": r} for i, r in zip(indices, rewards, strict=True))
+        indices = [i for tree in bin for i in tree["rows"]]
+        values = [value if math.isfinite(value) else None for value in model(bin).tolist()]
+        parts.write({"id": i, "sample": 0, "value": v} for i, v in zip(indices, values, strict=True))
         progress.add(len(indices), sum(map(tree_length, bin)))
+
+
+def combined_rewards(args):
+    """{name: (weight, file)} of what is added up; the reward model is "model", without a file."""
+    rewards = {"model": (1.0, None)} if args.eval_task == "rm" and args.pretrain else {}
+    for spec in (args.reward_fn or "").split(",") if args.reward_fn else []:
+        place, _, weight = spec.strip().partition("=")
+        path, _, name = place.rpartition(":")
+        try:
+            known, weight = (name in rewards) != (place == "model"), float(weight or 1)
+        except ValueError:
+            known = True
+        if known or not (place == "model" or (Path(path).is_file() and name)) or not math.isfinite(weight):
+            die(f"--reward_fn {spec}: FILE.py:NAME or FILE.py:NAME=WEIGHT, or model=WEIGHT; a NAME once")
+        rewards[name] = (weight, path or None)
+    return rewards
+
+
+def reward_worker():
+    """All of a bare Python process: reads lines [prompt, response, row], answers [reward, None or error]."""
+    import faulthandler
+    import importlib.util
+    import json
+    import math
+    import os
+    import sys
+    import traceback
+
+    path, name, seconds = sys.argv[1:]
+    requests, answers, function = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), None
+    nowhere = open(os.devnull, "r+")
+    os.dup2(nowhere.fileno(), 0)  # the function reads no requests,
+    os.dup2(2, 1)  # and what it prints is no answer
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    for line in requests:
+        try:
+            if function is None:
+                spec = importlib.util.spec_from_file_location("reward_file", path)
+                sys.modules["reward_file"] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules["reward_file"])
+                function = getattr(sys.modules["reward_file"], name)
+            faulthandler.dump_traceback_later(float(seconds), exit=True, file=nowhere)  # ends even C code
+            answer = [float(function(*json.loads(line))), None]
+            if not math.isfinite(answer[0]):
+                raise ValueError(f"{name} gave {answer[0]}")
+        except (Exception, SystemExit):
+            answer = [None, traceback.format_exc()]
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def call_rewards(name, path, k, calls, parts, args, rank, world_size):
+    """Sample k of the parts: the rewards of a function, from as many processes as this rank has CPU cores.
+
+    A call that fails, hangs or ends its process gives null and says why. Stops if the first 100 all fail.
+    """
+    code = f"{inspect.getsource(reward_worker)}\nreward_worker()"
+    command = [sys.executable, "-c", code, path, name, str(args.reward_timeout)]
+    local, processes = threading.local(), []
+
+    def ask(call):
+        if getattr(local, "process", None) is None:
+            local.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            processes.append(local.process)
+        try:
+            local.process.stdin.write(json.dumps(call[1:], default=str).encode() + b"\n")
+            local.process.stdin.flush()
+            answer = local.process.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            local.process = None
+            return call[0], None, f"no answer in {args.reward_timeout:g} s, or the process died"
+        return call[0], *json.loads(answer)
+
+    mine = calls[rank::world_size]
+    todo = [call for call in mine if (call[0], k) not in parts.done]
+    progress, failed, held = Progress(f"calls of {name}", len(mine) - len(todo), len(mine)), 0, []
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    blocks = (todo[begin : begin + 10_000] for begin in range(0, len(todo), 10_000))
+    try:
+        for n, (i, reward, error) in enumerate(itertools.chain(*(pool.map(ask, b) for b in blocks)), 1):
+            failed += reward is None
+            if failed == n == min(100, len(mine)) and len(todo) == len(mine):
+                die(f"--reward_fn {path}:{name} failed on each of the first {n} rows, on the last:\n{error}")
+            why = {"error": error.strip().splitlines()[-1]} if error else {}
+            held.append({"id": i, "sample": k, "value": reward, **why})
+            if failed < n:  # until one call works, nothing is kept: the next start tries again
+                parts.write(held)
+                held = []
+            progress.add(1, 0)
+        parts.write(held)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def with_rewards(rows, found, rewards):
+    """The rows with their reward: the weighted sum, null where one is missing; of several, each stays too."""
+    results = []
+    for i, (_, row) in enumerate(rows):
+        values = {name: found.get((i, k), {}).get("value") for k, name in enumerate(rewards)}
+        whole = None not in values.values()
+        total = sum(rewards[name][0] * value for name, value in values.items()) if whole else None
+        results.append(row | {"reward": total} | ({"rewards": values} if len(values) > 1 else {}))
+    errors = collections.Counter(value["error"] for value in found.values() if "error" in value)
+    if errors:
+        phrases = ", ".join(f"{n:,} x {error}" for error, n in errors.most_common(5))
+        note(f"notice --reward_fn: {sum(errors.values()):,} calls gave no reward: {phrases}")
+    return results
 
 
 def best_samples(rows, keys, args):
@@ -1193,10 +1362,9 @@ def start(args):
     check_flags(args, world_size)
     local_rank = os.environ.get("LOCAL_RANK", max(args.local_rank, 0))
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", world_size)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
-    else:
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", world_size)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    if device != "cpu":
         torch.cuda.set_device(device)
     return rank, world_size, device
 
@@ -1207,7 +1375,7 @@ def check_flags(args, world_size):
     ranges = dict.fromkeys(f"{sizes} max_num_seqs".split(), (1, 2**31)) | {"iter": (0, 2**31)}
     ranges |= {"temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9)}
     ranges |= {"gpu_memory_utilization": (0, 1), "max_model_len": (2, 2**31), "zero_stage": (0, 3)}
-    ranges |= {"csft_prompt": (-1e6, 1e6)}
+    ranges |= {"csft_prompt": (-1e6, 1e6), "reward_timeout": (1e-3, 1e6)}
     for name, (low, high) in ranges.items():
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             die(f"--{name} must be between {low} and {high}, not {getattr(args, name)}")
@@ -1215,9 +1383,11 @@ def check_flags(args, world_size):
         die(f"--greedy_sampling gives the same answer each time: --best_of_n {args.best_of_n} makes no sense")
     if args.post_processor not in (None, *POST_PROCESSORS):
         die(f"--post_processor {args.post_processor}: unknown; there are {', '.join(POST_PROCESSORS)}")
-    if (args.post_processor or args.scored_path) and args.eval_task != "rm":
-        die(f"--post_processor and --scored_path belong to --eval_task rm, not {args.eval_task}")
-    if args.csft_prompt is not None and args.eval_task == "rm":
+    if (args.post_processor or args.scored_path or args.reward_fn) and args.eval_task != "rm":
+        die(f"--post_processor, --scored_path, --reward_fn belong to --eval_task rm, not {args.eval_task}")
+    if not args.pretrain and not args.reward_fn:
+        die("--pretrain is missing" + ", or --reward_fn" * (args.eval_task == "rm"))
+    if args.csft_prompt is not None and args.eval_task in ("rm", "logps"):
         die("--csft_prompt is for generation; csft shows the reward that it finds")
     if args.normalize_reward and args.post_processor != "csft":
         die("--normalize_reward belongs to --post_processor csft")
@@ -1257,6 +1427,8 @@ def finish(args, rows, identity, keys, started):
         best = POST_PROCESSORS[args.post_processor](rows, keys, args)
     ends = [row["finish_reason"] == "stop" for row in rows if row.get("finish_reason")]
     summary = {"rows": len(rows)} | ({"finished": float(np.mean(ends))} if ends else {})
+    if args.eval_task == "logps":
+        summary["logps_mean"] = float(np.mean([row["logps"] for row in rows if row["logps"] is not None]))
     if args.eval_task == "rm":
         summary["without_reward"] = sum(row["reward"] is None for row in rows)
         summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
@@ -1277,11 +1449,15 @@ def finish(args, rows, identity, keys, started):
 
 def main(args):
     rank, world_size, device = start(args)
-    started, keys = time.time(), None
-    tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
+    started, rewards = time.time(), combined_rewards(args)
+    keys, tokenizer, stop_ids, trees, calls = None, None, None, [], []
+    if args.pretrain:
+        tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
     rows = load_rows(args.dataset, args.dataset_probs, args.dataset_split, args.max_samples)
-    if args.eval_task == "rm":
-        trees, keys = make_score_trees(rows, tokenizer, is_openrlhf(model_config(args)), args)
+    if args.eval_task in ("rm", "logps"):
+        keys = find_pairs(rows, args)
+        trees = make_score_trees(rows, keys, tokenizer, stop_ids, args) if args.pretrain else []
+        calls = make_calls(rows, keys, args) if args.reward_fn else []
     else:
         prompts = make_prompts(rows, tokenizer, args)
     identity = identify_stage(args, tokenizer) if rank == 0 else None
@@ -1292,13 +1468,17 @@ def main(args):
     parts = Parts(args, earlier, rank)
     kind, devices = "CPU" if device == "cpu" else "GPU", max(world_size, args.tp_size)
     dtype = "bf16" if args.bf16 else "fp32"
-    note(f"model  {Path(args.pretrain).name} {dtype} | {args.eval_task} | {devices} x {kind}")
+    if args.pretrain:
+        note(f"model  {Path(args.pretrain).name} {dtype} | {args.eval_task} | {devices} x {kind}")
     try:
-        if args.eval_task == "rm":
+        for k, (name, (_, path)) in enumerate(rewards.items()):
+            if path:
+                call_rewards(name, path, k, calls, parts, args, rank, world_size)
+        if trees:
             score(trees, parts, args, rank, world_size, device)
         elif args.eval_task == "generate":
             generate(prompts, parts, tokenizer, stop_ids, args, rank, world_size, device)
-        else:
+        elif args.eval_task == "generate_vllm":
             generate_vllm(prompts, parts, tokenizer, stop_ids, args)
     except SystemExit:
         if rank == 0 and not parts.read():  # stopped before any result: nothing stays
@@ -1310,8 +1490,11 @@ def main(args):
     if rank == 0:
         found = parts.read()
         if args.eval_task == "rm":
-            rewards = {i: row["reward"] for (i, _), row in found.items() if math.isfinite(row["reward"])}
-            results = [{**row, "reward": rewards.get(i)} for i, (_, row) in enumerate(rows)]
+            results = with_rewards(rows, found, rewards)
+        elif args.eval_task == "logps":
+            sizes = {i: int(t.sum()) for tree in trees for i, t in zip(tree["rows"], tree["trained"])}
+            values = [(found.get((i, 0), {}).get("value"), sizes.get(i)) for i in range(len(rows))]
+            results = [row | {"logps": v, "tokens": n} for (_, row), (v, n) in zip(rows, values, strict=True)]
         else:
             results = [found[prompt.id, k] for prompt in prompts for k in range(args.best_of_n)]
         finish(args, results, identity, keys, started)

@@ -156,7 +156,7 @@ def test_every_response_ends_where_it_should(home, samples, tmp_path):
 
 def test_greedy_is_hugging_face_greedy(home, tmp_path):
     rows = run(home, "generate", tmp_path / "a.jsonl", greedy_sampling=True)
-    tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("generate", "", ""))
+    tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("generate", ""))
     model = Qwen2ForCausalLM.from_pretrained(home / "policy", dtype=torch.float32)
     for row in rows[:4]:
         ids = tokenizer(row["input"], return_tensors="pt", return_token_type_ids=False)
@@ -186,7 +186,7 @@ def test_repetition_penalty_does_not_see_the_padding(home, tmp_path):
 
 
 def sampler(seeds=1, width=3, **flags):
-    args = script.Args("generate", "", "", max_new_tokens=4, **flags)
+    args = script.Args("generate", "", max_new_tokens=4, **flags)
     return script.Sampler(args, range(seeds), torch.ones(seeds, width, dtype=torch.long))
 
 
@@ -230,7 +230,7 @@ def test_stop_strings(home, samples, tmp_path):
 
 def test_room(home, tmp_path):
     """Prompt and sample fit into max_model_len: some samples are cut, for some prompts there is no room."""
-    tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("generate", "", ""))
+    tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("generate", ""))
     lengths = [len(tokenizer(text).input_ids) for text in QUESTIONS]
     limit, flags = max(lengths), {"greedy_sampling": True, "max_drop_ratio": 0.9}
     assert min(lengths) + 12 <= limit
@@ -249,7 +249,7 @@ def test_room(home, tmp_path):
 
 def prompts_of(home, rows, tokenizer=None, **flags):
     flags = {"prompt_max_len": 100, "max_drop_ratio": 0.9} | flags
-    args = script.Args("generate", str(home / "policy"), "", **flags)
+    args = script.Args("generate", "", str(home / "policy"), **flags)
     return script.make_prompts(
         [(f"x.jsonl:{i + 1}", row) for i, row in enumerate(rows)], tokenizer or make_tokenizer(), args
     )
@@ -328,7 +328,7 @@ def test_other_columns_of_the_prompt_stay_in_its_rows(home, tmp_path, capsys):
 
 @functools.cache
 def hugging_face(folder):
-    tokenizer, _ = script.load_tokenizer(folder, script.Args("rm", "", ""))
+    tokenizer, _ = script.load_tokenizer(folder, script.Args("rm", ""))
     return tokenizer, AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=torch.float32
     )
@@ -432,14 +432,14 @@ def test_bf16_keeps_the_head_in_fp32(home, samples, tmp_path):
     exact, rounded = (run(home, "rm", tmp_path / f"{b}.jsonl", bf16=b, **flags) for b in (False, True))
     error = np.array([a["reward"] - b["reward"] for a, b in zip(exact, rounded, strict=True)])
     assert 0 < np.abs(error).max() < 0.15
-    args = script.Args("rm", str(home / "rm"), "")
+    args = script.Args("rm", "", str(home / "rm"))
     model = script.RewardModel(args, "cpu")
     saved = AutoModelForSequenceClassification.from_pretrained(home / "rm", dtype=torch.float32).score.weight
     assert torch.equal(model.head[0], saved) and model.model.model.norm.weight.dtype == torch.bfloat16
 
 
 def texts_of(rows, openrlhf, **flags):
-    args = script.Args("rm", "", "", **flags)
+    args = script.Args("rm", "", **flags)
     return [
         script.score_text(row, ("input", "output"), make_tokenizer(), openrlhf, args)[0::2][:2]
         for row in rows
@@ -495,8 +495,132 @@ def test_iterative_dpo_pairs(capsys):
     assert [p["id"] for p in script.best_and_worst(rows, ("input", "output"), margin(0.5))] == [0]
 
 
+REWARDS = """
+import os, time
+
+def digits(prompt, response, row):
+    print("this is no answer")
+    return sum(c.isdigit() for c in response)
+
+def length(prompt, response, row):
+    return len(prompt) + 0.5 * len(response)
+
+def fragile(prompt, response, row):
+    {"raise": lambda: 1 / 0, "hang": lambda: time.sleep(60), "die": lambda: os._exit(0),
+     "exit": lambda: exit(3), "nan": lambda: 0}.get(row["kind"], lambda: 0)()
+    return float("nan") if row["kind"] == "nan" else row["answer"]
+
+def broken(prompt, response, row):
+    raise KeyError("no such thing")
+"""
+
+
+@pytest.fixture(scope="session")
+def rewards(home):
+    (home / "my-rewards.py").write_text(REWARDS)
+    return str(home / "my-rewards.py")
+
+
+def test_reward_functions(home, samples, rewards, tmp_path, capsys):
+    """Alone, weighted, and beside a reward model, whose rewards stay what they are."""
+    flags = {"dataset": str(home / "samples.jsonl")}
+    alone = run(home, "rm", tmp_path / "a.jsonl", pretrain="", reward_fn=f"{rewards}:digits=2", **flags)
+    for row, sample in zip(alone, samples, strict=True):
+        assert row == sample | {"reward": 2.0 * sum(c.isdigit() for c in sample["output"])}
+    scored = run(home, "rm", tmp_path / "b.jsonl", **flags)
+    spec = f"{rewards}:digits, {rewards}:length=-0.25,model=3"
+    for row, one, other in zip(run(home, "rm", tmp_path / "c.jsonl", reward_fn=spec, **flags), alone, scored):
+        each = {"model": other["reward"], "digits": one["reward"] / 2}
+        each["length"] = len(row["input"]) + 0.5 * len(row["output"])
+        assert row["rewards"] == pytest.approx(each, abs=1e-6) and list(row["rewards"]) == list(each)
+        total = 3 * each["model"] + each["digits"] - 0.25 * each["length"]
+        assert row["reward"] == pytest.approx(total, abs=1e-5)
+    best = run(home, "rm", tmp_path / "d.jsonl", pretrain="", reward_fn=f"{rewards}:length", post_processor="rs", **flags)
+    assert len(best) == 12 and "calls of length" in capsys.readouterr().out
+
+
+def test_calls_without_a_reward(home, rewards, tmp_path, capsys):
+    """An error, a hang, a crash, an exit or NaN gives null, is counted, and harms no other row."""
+    kinds = ["ok", "raise", "hang", "ok", "die", "exit", "nan", "ok"] + ["ok"] * 8
+    rows = [{"input": "Q", "output": "A", "kind": kind, "answer": i} for i, kind in enumerate(kinds)]
+    flags = {"dataset": write(tmp_path / "x.jsonl", rows), "pretrain": "", "reward_timeout": 1.0}
+    found = run(home, "rm", tmp_path / "a.jsonl", reward_fn=f"{rewards}:fragile", **flags)
+    assert [row["reward"] for row in found] == [i if kind == "ok" else None for i, kind in enumerate(kinds)]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "gave no reward" in line)
+    assert "5 calls gave no reward: 2 x no answer in 1 s, or the process died" in line
+    assert all(text in line for text in ("1 x ZeroDivisionError", "1 x SystemExit: 3", "fragile gave nan"))
+    assert json.loads((tmp_path / "a.jsonl.meta.json").read_text())["summary"]["without_reward"] == 5
+    both = run(home, "rm", tmp_path / "b.jsonl", reward_fn=f"{rewards}:fragile,{rewards}:digits", **flags)
+    assert both[1]["reward"] is None and both[1]["rewards"] == {"fragile": None, "digits": 0.0}
+
+
+def test_a_reward_function_that_always_fails(home, rewards, tmp_path, capsys):
+    """Stops after 100 rows with its traceback, and leaves nothing that a repaired machine would keep."""
+    rows = [{"input": f"{i}", "output": "A"} for i in range(5000)]
+    flags = {"dataset": write(tmp_path / "x.jsonl", rows), "pretrain": ""}
+    for name, error in (("broken", "KeyError: 'no such thing'"), ("missing", "has no attribute 'missing'")):
+        with pytest.raises(SystemExit) as stopped:
+            run(home, "rm", tmp_path / "a.jsonl", reward_fn=f"{rewards}:{name}", **flags)
+        text = capsys.readouterr().err
+        assert stopped.value.code == 2 and error in text and "Traceback" in text
+        assert f"{name} failed on each of the first 100 rows, on the last:" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_reward_functions_resume(home, samples, rewards, tmp_path, monkeypatch, capsys):
+    flags = {"dataset": str(home / "samples.jsonl"), "reward_fn": f"{rewards}:length,{rewards}:digits"}
+    whole = run(home, "rm", tmp_path / "whole.jsonl", **flags)
+    for after in (5, 60):
+        interrupted(monkeypatch, home, "rm", tmp_path / "a.jsonl", after, **flags)
+    capsys.readouterr()
+    assert run(home, "rm", tmp_path / "a.jsonl", **flags) == whole
+    assert "48 of 48 calls of length" in (text := capsys.readouterr().out) and "16 of 48 calls of digits" in text
+    Path(rewards).write_text(REWARDS + "# changed")
+    run(home, "rm", tmp_path / "a.jsonl", **flags)
+    assert "will be replaced: reward_files" in capsys.readouterr().out
+    Path(rewards).write_text(REWARDS)
+
+
+def test_gsm8k_reward(home, tmp_path):
+    """The prompts' answers reach the function through generate."""
+    file = Path(script.__file__).parent / "examples/rewards/gsm8k.py"
+    names = {}
+    exec(file.read_text(), names)
+    answers = ["so #### 1,234", "#### $1234.00", "first #### 3 then\n#### 1234.", "#### -1234", "1234", "#### x"]
+    assert [names["correct"]("", text, {"answer": "12 * ... #### 1234"}) for text in answers] == [1, 1, 1, 0, 0, 0]
+    assert names["correct"]("", "#### -7", {"answer": " -7 "}) == 1 and names["marked"]("", "1234", {}) == 0
+    rows = [{"question": text, "answer": f"#### {i}"} for i, text in enumerate(QUESTIONS)]
+    run(home, "generate", tmp_path / "g.jsonl", dataset=write(tmp_path / "x.jsonl", rows))
+    lines = [row | {"output": f"#### {row['id'] // 2 * 2}"} for row in read(tmp_path / "g.jsonl")]
+    flags = {"dataset": write(tmp_path / "y.jsonl", lines), "pretrain": "", "reward_fn": f"{file}:correct"}
+    assert [row["reward"] for row in run(home, "rm", tmp_path / "r.jsonl", **flags)] == [1.0, 0.0] * 6
+
+
+# --- log-probabilities of a policy
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_logps_are_hugging_faces(home, samples, tmp_path, chat):
+    """Of what sft.py would train: the response, EOS where it ended by itself; in a tree and each alone."""
+    data = run(home, "generate", tmp_path / "g.jsonl", best_of_n=3, apply_chat_template=chat, csft_prompt=1.0)
+    found = run(home, "logps", tmp_path / "a.jsonl", dataset=str(tmp_path / "g.jsonl"), micro_batch_size=2)
+    model = Qwen2ForCausalLM.from_pretrained(home / "policy", dtype=torch.float32)
+    tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("logps", ""))
+    for row, sample in zip(found, data, strict=True):
+        prompt, ids = (tokenizer(text).input_ids for text in (row["input"], scored_text(row)))
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        n = len(ids) - len(prompt)
+        expected = sum(logps[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
+        assert {k: v for k, v in row.items() if k not in ("logps", "tokens")} == sample
+        assert row["tokens"] == n and row["logps"] == pytest.approx(expected, rel=1e-4)
+    rows = [{"prompt": QUESTIONS[0], "response": "8."}]
+    (row,) = run(home, "logps", tmp_path / "b.jsonl", dataset=write(tmp_path / "x.jsonl", rows), apply_chat_template=chat)
+    assert row["tokens"] == len(tokenizer("8.<eos>").input_ids)
+
+
 def conditional(rows, keys=("input", "output"), **flags):
-    return script.conditional_rows(rows, keys, script.Args("rm", "", "", post_processor="csft", **flags))
+    return script.conditional_rows(rows, keys, script.Args("rm", "", post_processor="csft", **flags))
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -769,6 +893,12 @@ def test_bad_flags(home, tmp_path, capsys):
         "--csft_prompt must be between": {"csft_prompt": float("nan")},
         "--normalize_reward belongs to --post_processor csft": {"task": "rm", "normalize_reward": True},
         "belong to --eval_task rm": {"post_processor": "rs"},
+        "belong to --eval_task rm, not logps": {"task": "logps", "reward_fn": "x.py:y"},
+        "--pretrain is missing, or --reward_fn": {"task": "rm", "pretrain": ""},
+        "x.py:y: FILE.py:NAME or": {"task": "rm", "reward_fn": "x.py:y"},
+        "x=heavy: FILE.py:NAME or": {"task": "rm", "reward_fn": f"{__file__}:x=heavy"},
+        "model=1: FILE.py:NAME": {"task": "rm", "pretrain": "", "reward_fn": "model=1"},
+        "--reward_timeout must be": {"task": "rm", "reward_timeout": 0.0},
         "--top_p must be between": {"top_p": 1.5},
         "--best_of_n must be between": {"best_of_n": 0},
         "--greedy_sampling gives the same answer": {"greedy_sampling": True, "best_of_n": 2},
