@@ -1,4 +1,4 @@
-"""Batch inference in one file: samples of a policy (generate_vllm, generate), rewards (rm), log-probs (logps).
+"""Batch inference in one file: samples of a policy (generate_vllm, generate), rewards (rm), log-probs.
 
 Rows are JSON lines. A stage keeps the fields it finds; sft.py and dpo.py know these rows without flags:
     generate  {"id": 7, "sample": 0, "input": "Q: 2+2?\\nA:", "output": " 4", "finish_reason": "stop"}
@@ -140,8 +140,14 @@ class Args:
     """Seed of everything random: data order, LoRA's start and dropout."""
     post_processor: str | None = None
     """rm: what becomes of the rows: rs = best of each prompt, iter_dpo = best against worst, csft = all."""
+    rs_top_k: int = 1
+    """rs: keep this many of the best samples of each prompt."""
+    min_reward: float | None = None
+    """rs: keep no sample with a lower reward."""
+    drop_all_equal: bool = False
+    """rs: leave out prompts whose samples have all the same reward, such as all right or all wrong."""
     min_margin: float = 0.0
-    """With --post_processor iter_dpo: a pair's rewards differ by more than this."""
+    """iter_dpo: the rewards of a pair differ by more than this."""
     reward_template: str = "{input} <rm_score>: {reward} "
     """csft: what becomes of a user's text; {reward} has two decimals."""
     normalize_reward: bool = False
@@ -1268,14 +1274,26 @@ def with_rewards(rows, found, rewards):
     return results
 
 
-def best_samples(rows, keys, args):
-    """Rejection sampling: of each prompt the row of highest reward; the first wins ties, null never wins."""
-    best = {}
+def by_prompt(rows, prompt_key):
+    """The rows with a reward, grouped by prompt (and id, where they have one)."""
+    groups = collections.defaultdict(list)
     for row in rows:
-        prompt = json.dumps([row.get("id"), row.get(keys[0])], default=str)
-        if row["reward"] is not None and (prompt not in best or row["reward"] > best[prompt]["reward"]):
-            best[prompt] = row
-    return list(best.values())
+        if row["reward"] is not None:
+            groups[json.dumps([row.get("id"), row.get(prompt_key)], default=str)].append(row)
+    return list(groups.values())
+
+
+def best_samples(rows, keys, args):
+    """Rejection sampling: of each prompt the rs_top_k rows of highest reward; the first wins ties."""
+    groups, kept = by_prompt(rows, keys[0]), []
+    for group in groups:
+        best = sorted(group, key=lambda row: -row["reward"])[: args.rs_top_k]
+        equal = len(group) > 1 and len({row["reward"] for row in group}) == 1
+        lowest = -math.inf if args.min_reward is None else args.min_reward
+        kept += [row for row in best if row["reward"] >= lowest and not (equal and args.drop_all_equal)]
+    n_prompts = len(by_prompt(kept, keys[0]))
+    note(f"best   {len(kept):,} of {len(rows):,} rows, {n_prompts:,} of {len(groups):,} prompts")
+    return kept
 
 
 def best_and_worst(rows, keys, args):
@@ -1286,11 +1304,8 @@ def best_and_worst(rows, keys, args):
     prompt_key, response_key = keys
     if response_key is None:
         die("--post_processor iter_dpo needs a column of responses, not whole conversations")
-    groups, pairs = collections.defaultdict(list), []
-    for row in rows:
-        if row["reward"] is not None:
-            groups[json.dumps(row.get("id", row[prompt_key]), default=str)].append(row)
-    for group in groups.values():
+    groups, pairs = by_prompt(rows, prompt_key), []
+    for group in groups:
         best, worst = (pick(group, key=lambda row: row["reward"]) for pick in (max, min))
         differ = best[response_key] != worst[response_key]
         if differ and best["reward"] - worst["reward"] > args.min_margin:
@@ -1372,7 +1387,7 @@ def start(args):
 def check_flags(args, world_size):
     """Stops at flags that make no sense; notes those that change nothing."""
     sizes = "rollout_batch_size best_of_n prompt_max_len max_new_tokens max_len micro_batch_size tp_size"
-    ranges = dict.fromkeys(f"{sizes} max_num_seqs".split(), (1, 2**31)) | {"iter": (0, 2**31)}
+    ranges = dict.fromkeys(f"{sizes} max_num_seqs rs_top_k".split(), (1, 2**31)) | {"iter": (0, 2**31)}
     ranges |= {"temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9)}
     ranges |= {"gpu_memory_utilization": (0, 1), "max_model_len": (2, 2**31), "zero_stage": (0, 3)}
     ranges |= {"csft_prompt": (-1e6, 1e6), "reward_timeout": (1e-3, 1e6)}

@@ -467,12 +467,21 @@ def test_rows_that_cannot_be_scored_get_null(home, tmp_path, capsys):
     assert scored[0]["reward"] == pytest.approx(hugging_face_score(home / "rm", "What? 1<eos>"), abs=1e-5)
 
 
+def best(rows, keys=("input", "output"), **flags):
+    return [row["sample"] for row in script.best_samples(rows, keys, script.Args("rm", "", **flags))]
+
+
 def test_rejection_sampling():
     rewards = [(0, 1.0), (0, 3.0), (0, 3.0), (1, None), (1, -2.0), (2, None), (1, -3.0)]
     rows = [{"id": i, "sample": n, "input": "x", "reward": r} for n, (i, r) in enumerate(rewards)]
-    assert [row["sample"] for row in script.best_samples(rows, ("input", "output"), None)] == [1, 4]
-    rows = [{"question": q, "reward": r} for q, r in (("a", 1), ("b", 1), ("a", 2))]
-    assert [row["reward"] for row in script.best_samples(rows, ("question", None), None)] == [2, 1]
+    assert best(rows) == [1, 4]
+    assert best(rows, rs_top_k=2) == [1, 2, 4, 6] == best(rows, rs_top_k=2, drop_all_equal=True)
+    assert best(rows, rs_top_k=9, min_reward=-2.0) == [1, 2, 0, 4]
+    equal = [{**row, "reward": 1.0} for row in rows] + [{"id": 3, "sample": 7, "input": "y", "reward": 1.0}]
+    assert best(equal) == [0, 3, 5, 7]
+    assert best(equal, drop_all_equal=True) == [5, 7]  # a sample alone has nothing to equal
+    rows = [{"question": q, "reward": r, "sample": r} for q, r in (("a", 1), ("b", 1), ("a", 2))]
+    assert best(rows, keys=("question", None)) == [2, 1]
 
 
 def test_iterative_dpo_pairs(capsys):
