@@ -22,14 +22,17 @@ Commands:
 import collections
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +52,8 @@ from torch.utils.checkpoint import checkpoint
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
 import deepspeed
 import transformers
+
+STOPPED = 75  # the exit code of a run that a signal ended and the same command continues (EX_TEMPFAIL)
 
 
 @dataclass
@@ -145,6 +150,8 @@ class Args:
     """Folder of the checkpoints. Default: <save_path>.ckpt, removed once the final model is saved."""
     max_ckpt_num: int = 3
     """Keep this many checkpoints."""
+    dry_run: bool = False
+    """Take the first step, whose batch has the longest example, then end without saving anything."""
     load_checkpoint: bool = False
     """Accepted for old commands: resuming is automatic."""
     local_rank: int = -1
@@ -386,7 +393,8 @@ def build_trees(rows, to_texts, tokenizer, stop_ids, args):
         limit = f"--max_drop_ratio allows {args.max_drop_ratio:.0%}" if trees else "nothing is left"
         die(f"{len(rows)} rows, {summary}; {limit}; the first: {dropped[0]['row']}")
     cut = sum(len(tree["prompt"]) + max(map(len, tree["responses"])) == args.max_len for tree in trees)
-    note(f"data   {len(trees):,} rows kept, {summary} | {cut} reach max_len")
+    ends = np.mean([ids[-1] in stop_ids for tree in trees for ids in tree["responses"]])
+    note(f"data   {len(trees):,} rows kept, {summary} | {cut} reach max_len | {ends:.0%} end in EOS")
     return trees, dropped
 
 
@@ -738,7 +746,9 @@ def open_log(args, start_step):
     path, tracker = Path(f"{args.save_path}.partial/metrics.jsonl"), None
     lines = path.read_text().split("\n")[:-1] if start_step and path.exists() else []
     write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
-    if args.use_wandb and args.use_wandb != "{wandb_token}":
+    if args.use_wandb == "{wandb_token}":
+        note("notice --use_wandb {wandb_token} is a placeholder: metrics are in metrics.jsonl only")
+    elif args.use_wandb:
         try:
             import wandb
 
@@ -771,8 +781,12 @@ def setup(args):
             die(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.zero_stage not in range(4) or not args.dataset:
         die(f"--zero_stage must be 0 to 3, not {args.zero_stage}" if args.dataset else "--dataset is missing")
+    if args.lora_rank and importlib.util.find_spec("peft") is None:
+        die("--lora_rank needs a package that is missing: pip install peft")
     if args.load_checkpoint or args.flash_attn:
         note("notice --load_checkpoint and --flash_attn change nothing: both are always on")
+    if args.zero_stage == 0:
+        note("notice --zero_stage 0 runs as stage 1: the same result in less memory")
     if args.input_template is not None:
         args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
         if "{}" not in args.input_template:
@@ -889,7 +903,12 @@ def epoch_order(trees, seed, epoch):
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    return np.argsort(place)
+    order = np.argsort(place)
+    if epoch == 0:  # the longest example comes first of its label: where memory is short, step 1 shows it
+        longest = np.argmax(list(map(tree_length, trees)))
+        i, j = np.flatnonzero(labels[order] == labels[longest])[0], np.flatnonzero(order == longest)[0]
+        order[[i, j]] = order[[j, i]]
+    return order
 
 
 def learning_rate(args, step, total_steps):
@@ -955,6 +974,48 @@ def console_line(step, total_steps, metrics, seconds_left):
     return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
 
 
+def catch_signals():
+    """A list that is no longer empty when SIGTERM or SIGINT has come: main then saves and ends."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+
+def on_any_rank(values, device):
+    """Whether the list has a value on any rank."""
+    count = torch.tensor(float(len(values)), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
+def stop_not_finite(step, metrics, batch, args):
+    """Ends the program before anything is saved; the rows of the batch are in a file beside --save_path."""
+    path, rows = f"{args.save_path}.step_{step}.jsonl", [{"row": t["where"], **t["row"]} for t in batch]
+    if dist.get_rank() == 0:
+        Path(path).write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    found = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    die(f"step {step}: not finite: {found}; its batch is in {path}, the first row is {batch[0]['where']}")
+
+
+def announce(engine, trees, tokenizer, total_steps, args):
+    """What is about to run: model, batches, memory, one example."""
+    world_size, device = dist.get_world_size(), str(engine.device)[:4]
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
+    n_parameters, n_tuned = sum(n for n, _ in sizes), sum(n for n, tuned in sizes if tuned)
+    model_name = f"{Path(args.pretrain).name} {n_parameters / 1e6:,.1f}M {'bf16' if args.bf16 else 'fp32'}"
+    note(f"{Path(__file__).stem:<6} {model_name} | ZeRO-{args.zero_stage} | {world_size} x {device}")
+    n_tokens = sum(map(tree_length, trees))
+    n_trained = sum(int(trained.sum()) for tree in trees for trained in tree["trained"])
+    epochs = f"{total_steps} steps | {n_tokens * args.max_epochs / 1e6:.2f}M tokens"
+    note(f"batch  {args.train_batch_size} examples/step | {epochs}, {n_trained / n_tokens:.0%} trained")
+    weights = n_parameters * (2 if args.bf16 else 4) / (world_size if args.zero_stage == 3 else 1) / 2**30
+    gradients = n_tuned * 4 / (world_size if args.zero_stage > 1 else 1) / 2**30
+    states = f"gradients {gradients:.2f}, optimiser {n_tuned * 12 / world_size / 2**30:.2f}"
+    note(f"memory GiB per rank: weights {weights:.2f}, {states}; activations: step 1 has the longest example")
+    show_sample(tokenizer, trees[0])
+
+
 def show_sample(tokenizer, tree):
     """One example as text, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
     pieces, before = [tokenizer.decode(tree["prompt"])[-60:]], False
@@ -1006,15 +1067,17 @@ def main(args):
     if len(trees) < args.train_batch_size:
         note(f"notice {len(trees)} examples for --train_batch_size {args.train_batch_size}: one smaller step")
 
+    order_of = functools.cache(functools.partial(epoch_order, trees, args.seed))
+
     def batch_of(step):
         epoch, index = divmod(step - 1, steps_per_epoch)
-        order, first = epoch_order(trees, args.seed, epoch), index * args.train_batch_size
-        return [trees[i] for i in order[first : first + args.train_batch_size]]
+        first = index * args.train_batch_size
+        return [trees[i] for i in order_of(epoch)[first : first + args.train_batch_size]]
 
     identity, state, lock = None, [None], None
     if rank == 0:  # hashing may take long: before the process group, whose collectives time out
         identity = identify(args, inputs, world_size)
-        state[0], lock = open_run(args, identity)
+        state[0], lock = (0, None) if args.dry_run else open_run(args, identity)
     connect(device)
     dist.broadcast_object_list(state)
     if state[0] == "done":
@@ -1027,7 +1090,7 @@ def main(args):
     check_attention(engine, args)
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step}")
-    log = open_log(args, start_step) if rank == 0 else None
+    log = open_log(args, start_step) if rank == 0 and not args.dry_run else None
 
     # --- algorithm: sft (step)
     def size(batch):
@@ -1043,14 +1106,8 @@ def main(args):
         return loss_fn
 
     # --- end algorithm
-    n_tokens = sum(map(tree_length, trees))
-    n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()) / 1e6
-    model_name = f"{Path(args.pretrain).name} {n_parameters:,.1f}M {'bf16' if args.bf16 else 'fp32'}"
-    note(f"{Path(__file__).stem:<6} {model_name} | ZeRO-{args.zero_stage} | {world_size} x {device[:4]}")
-    n_trained = sum(int(trained.sum()) for tree in trees for trained in tree["trained"])
-    epochs = f"{total_steps} steps | {n_tokens * args.max_epochs / 1e6:.2f}M tokens"
-    note(f"batch  {args.train_batch_size} examples/step | {epochs}, {n_trained / n_tokens:.0%} trained")
-    show_sample(tokenizer, trees[0])
+    announce(engine, trees, tokenizer, total_steps, args)
+    stopped = catch_signals()
     for step in range(start_step, total_steps + 1):
         metrics, tick = {}, time.time()
         if step > start_step:
@@ -1062,7 +1119,7 @@ def main(args):
             engine.step()
             metrics["grad_norm"] = float(engine.get_global_grad_norm())
             if not all(map(math.isfinite, metrics.values())):
-                die(f"step {step}: not finite: {metrics}; rows {', '.join(t['where'] for t in batch)}"[:1000])
+                stop_not_finite(step, metrics, batch, args)
             seconds = time.time() - tick
             metrics["lr"] = learning_rate(args, step, total_steps)
             metrics["epoch"] = step / steps_per_epoch
@@ -1077,21 +1134,41 @@ def main(args):
         if step > start_step:
             metrics["trained_tokens"] = size(batch)
         # --- end algorithm
-        if rank == 0 and metrics and (step % args.logging_steps == 0 or step == total_steps or evaluates):
+        if log and metrics and (step % args.logging_steps == 0 or step == total_steps or evaluates):
             log(step, metrics)
             left = (total_steps - step) * (time.time() - started) / max(1, step - start_step)
             note(console_line(step, total_steps, metrics, left))
-        if args.save_steps > 0 and step % args.save_steps == 0 and start_step < step < total_steps:
+        if args.dry_run and step > start_step:
+            return note(f"dry run: {console_line(step, total_steps, metrics, 0)}  nothing is saved")
+        stops = on_any_rank(stopped, engine.device)
+        saves = args.save_steps > 0 and step % args.save_steps == 0
+        if (saves or stops) and start_step < step < total_steps:
             save_checkpoint(engine, args, step, identity)
+        if stops and step < total_steps:
+            note(f"stopped by a signal after step {step}; the same command continues")
+            return STOPPED
 
     save_model(engine, tokenizer, args, identity, dropped)
     took = datetime.timedelta(seconds=int(time.time() - started))
     note(f"saved  {args.save_path}  ({total_steps} steps, {took})")
 
 
+def disk_is_full(error, folder):
+    """Whether an exception came from a full disk: libraries that write do not always say so."""
+    folder = next(path for path in Path(folder).absolute().parents if path.exists())
+    no_space = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+    return no_space or shutil.disk_usage(folder).free < 2**20
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    given = tyro.cli(Args, description=__doc__)
+    try:
+        code = main(given)
+    except Exception as e:
+        if not disk_is_full(e, given.save_path):
+            raise
+        die(f"no space left: {e}; what was complete is intact: free some, and the same command continues")
     sys.stdout.flush()
     if dist.is_initialized():
         dist.destroy_process_group()
-    os._exit(0)  # skips exit handlers: in some finished DeepSpeed runs they abort
+    os._exit(code or 0)  # skips exit handlers: in some finished DeepSpeed runs they abort

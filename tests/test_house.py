@@ -120,7 +120,7 @@ def module_level(scripts):
 
 
 # The aim is 900; what is above it are features (exact resume, LoRA, chat templates, ...) that nothing smaller gave.
-MAX_LINES = {"sft.py": 1100, "dpo.py": 1370, "kto.py": 1300, "kd.py": 1320, "batch_infer.py": 1240}
+MAX_LINES = {"sft.py": 1180, "dpo.py": 1450, "kto.py": 1380, "kd.py": 1390, "batch_infer.py": 1240}
 
 
 def sizes(scripts):

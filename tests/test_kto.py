@@ -76,12 +76,19 @@ def test_mismatched_is_never_the_own_response_while_there_is_another():
 
 
 def test_order_spreads_both_classes(labelled):
-    trees = [{"label": i < 10} for i in range(60)]
+    trees = [{"label": i < 10, "prompt": [0] * (i == 30), "responses": []} for i in range(60)]
     for epoch in range(3):
         order = kto.epoch_order(trees, 42, epoch)
         assert sorted(order) == list(range(60))
         assert all(0 < sum(trees[i]["label"] for i in order[b : b + 12]) < 12 for b in range(0, 60, 12))
     assert list(kto.epoch_order(trees, 42, 0)) != list(kto.epoch_order(trees, 42, 1))
+
+
+def order_of(rows, tokenizer):
+    """The order in which kto.py's first epoch takes the rows."""
+    ids = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in rows]
+    trees = [{"label": row["label"], "prompt": i, "responses": []} for row, i in zip(rows, ids, strict=True)]
+    return kto.epoch_order(trees, 42, 0)
 
 
 def test_splits_give_the_same_steps(tiny, labelled, tmp_path):
@@ -116,8 +123,7 @@ def test_z0_and_loss_equal_plain_forwards(tiny, tokenizer, labelled, tmp_path):
         found = run(**flags, cache_dir=str(tmp_path / "c"), save_path=str(tmp_path / f"m-{Path(policy).name}"))[0]
         tok = AutoTokenizer.from_pretrained(tiny)
         rows = [json.loads(line) for line in Path(labelled).read_text().splitlines()][:20]
-        order = kto.epoch_order([{"label": row["label"]} for row in rows], 42, 0)
-        rows = [rows[i] for i in order]
+        rows = [rows[i] for i in order_of(rows, tokenizer)]
         models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (policy, reference)]
 
         def ratio(prompt, response, models=models, tok=tok):
@@ -193,8 +199,7 @@ def test_equals_trl(tiny, tokenizer, labelled, tmp_path):
     pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.0 accelerate")
     other = make_model(tmp_path / "other", tokenizer, initializer_range=0.15)
     rows = [json.loads(line) for line in Path(labelled).read_text().splitlines()][:8]
-    order = kto.epoch_order([{"label": row["label"]} for row in rows], 42, 0)[::-1]
-    (tmp_path / "rows.json").write_text(json.dumps([rows[i] for i in order]))
+    (tmp_path / "rows.json").write_text(json.dumps([rows[i] for i in order_of(rows, tokenizer)[::-1]]))
     weights, flags = {"desirable_weight": 1.5, "undesirable_weight": 0.5}, {}
     flags |= {"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5}
     apo = {"loss_type": "apo_zero_unpaired"}

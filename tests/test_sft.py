@@ -67,8 +67,7 @@ def quick_and_clean(monkeypatch):
 def run(**flags):
     """main() in this process, as one rank; its exit code: 0, 2, or "killed"."""
     try:
-        sft.main(sft.Args(**{**SETTINGS, **flags}))
-        return 0
+        return sft.main(sft.Args(**{**SETTINGS, **flags})) or 0
     except SystemExit as e:
         return e.code
     except Killed:
@@ -796,6 +795,114 @@ def test_sigkill_of_two_ranks(tiny, rows_file, two_ranks, tmp_path, unused_port)
     assert metrics_of(tmp_path / "out")["loss"] == metrics_of(two_ranks / "four_epochs")["loss"]
 
 
+def signal_after(step, monkeypatch):
+    """At the end of that step the run gets SIGTERM, as from a scheduler that needs the machine; None: never."""
+    console_line = signal_after.real = getattr(signal_after, "real", sft.console_line)
+
+    def line(at, *rest):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return console_line(at, *rest)
+
+    monkeypatch.setattr(sft, "console_line", line)
+
+
+def test_a_signal_saves_and_ends(tiny, rows_file, tmp_path, monkeypatch, capsys):
+    """Without --save_steps: a checkpoint of that very step, exit code 75; the same command ends as if undisturbed."""
+    flags = {"pretrain": tiny, "dataset": rows_file, **RESUME, "save_steps": -1}
+    assert run(save_path=str(tmp_path / "whole"), **flags) == 0
+    flags["save_path"] = str(tmp_path / "out")
+    signal_after(3, monkeypatch)
+    assert run(**flags) == sft.STOPPED == 75
+    assert "stopped by a signal after step 3" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "out.ckpt").glob("step*")] == ["step_3"]
+    assert not (tmp_path / "out").exists()
+    signal_after(None, monkeypatch)
+    assert run(**flags) == 0
+    assert f"resume {tmp_path / 'out.ckpt/step_3'}" in capsys.readouterr().out
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    assert metrics_of(tmp_path / "out")["step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_dry_run_saves_nothing(tiny, rows_file, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    flags = {"pretrain": tiny, "dataset": rows_file, "save_path": str(tmp_path / "out"), "eval_dataset": rows_file}
+    assert run(**flags, dry_run=True) == 0
+    assert "dry run: step     1/" in capsys.readouterr().out and sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_longest_example_is_in_the_first_step(tiny, rows_file, tmp_path, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(sft, "pack_trees", lambda trees, device, real=sft.pack_trees: lengths.append(
+        max(map(sft.tree_length, trees))) or real(trees, device))  # fmt: skip
+    assert run(pretrain=tiny, dataset=rows_file, save_path=str(tmp_path / "out"), train_batch_size=4) == 0
+    assert lengths[1] == max(lengths[1:])  # the first pack is the check of the attention
+
+
+def test_numbers_that_are_not_finite_stop(tiny, rows_file, tmp_path, monkeypatch, capsys):
+    """Nothing of the run is saved; the rows of the step lie in a file."""
+    real, steps = sft.sft_loss, []
+    monkeypatch.setattr(sft, "sft_loss", lambda *x: real(*x) * (math.nan if len(steps) > 3 else steps.append(1) or 1.0))
+    assert run(pretrain=tiny, dataset=rows_file, save_path=str(tmp_path / "out"), train_batch_size=7) == 2
+    error = capsys.readouterr().err
+    assert "step 5: not finite: {'loss': nan" in error, error
+    (path,) = tmp_path.glob("out.step_*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 7 and rows[0]["row"] in error and {"row", "input", "output"} <= set(rows[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_damaged_file_of_a_checkpoint_is_recognised(tiny, rows_file, tmp_path, monkeypatch, capsys):
+    flags = {"pretrain": tiny, "dataset": rows_file, **RESUME, "save_path": str(tmp_path / "out")}
+    kill_at(3, monkeypatch)
+    assert run(**flags) == "killed"
+    kill_at(None, monkeypatch)
+    newest, before = tmp_path / "out.ckpt/step_2", tmp_path / "out.ckpt/step_1"
+    args = sft.Args(**{**flags, "ckpt_path": str(tmp_path / "out.ckpt")})
+    identity, files = sft.intact(newest), [p for p in newest.rglob("*") if p.is_file()]
+    assert identity and sft.intact(before) == identity and len(files) >= 3
+
+    def resumes_at():
+        step, lock = sft.open_run(args, identity)
+        lock.close()
+        return step
+
+    assert resumes_at() == 2
+    for path in files:
+        data = path.read_bytes()
+        for damaged in (data[: len(data) // 2], data[:-1], bytes([data[0] ^ 1]) + data[1:], b""):
+            path.write_bytes(damaged)
+            assert resumes_at() == 1, path
+        path.write_bytes(data)
+    assert resumes_at() == 2
+
+
+def test_full_disk(tiny, rows_file, tmp_path):
+    """On a disk of 1 MiB: one line, and the same command goes on once there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        flags = {"pretrain": tiny, "dataset": rows_file, "save_path": disk / "out", "save_steps": 1}
+        command = [sys.executable, str(REPO / "sft.py"), *command_flags(**flags)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2 and lines[-1].startswith("error: no space left"), done.stderr[-2000:]
+        assert "Traceback" not in done.stderr and not (disk / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and (disk / "out/manifest.json").exists(), done.stderr[-2000:]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_missing_peft_is_named(tiny, rows_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert run(pretrain=tiny, dataset=rows_file, save_path=str(tmp_path / "out"), lora_rank=2) == 2
+    assert "pip install peft" in capsys.readouterr().err
+
+
 @pytest.fixture
 def unused_port():
     import socket
@@ -814,7 +921,7 @@ def test_python_without_launcher(tiny, rows_file, tmp_path):
     lines = done.stdout.splitlines()
     assert [
         line.split()[0] for line in lines if not line.startswith("step")
-    ] == "data data sft batch sample saved".split()
+    ] == "data data sft batch memory sample saved".split()
     assert all(len(line) < 120 for line in lines if not line.startswith("sample"))
     logged = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [0, 1, 2, 3]
