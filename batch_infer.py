@@ -36,6 +36,7 @@ Commands:
 """
 
 import collections
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -45,8 +46,11 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -67,6 +71,23 @@ from torch import nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
 import transformers
+
+LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are here
+    "attn_implementation deepcompile disable_fast_tokenizer full_determinism grad_accum_dtype overlap_comm "
+    "ring_attn_size ring_head_stride use_liger_kernel zpg".split(),
+    "leave it out, it would change nothing",
+) | {
+    "param_dtype": "use --bf16 (the default) or --no-bf16",
+    "target_modules": "leave it out: --lora_rank is for all linear layers",
+    "load_in_4bit": "not available; --lora_rank saves memory too",
+    "aux_loss_coef": "not available: the loss of a router",
+    "ds_tensor_parallel_size": "not available; use --zero_stage 3",
+    "save_hf_ckpt": "leave it out: --save_path is a Hugging Face folder",
+    "train_split": "use --dataset_split",
+    "use_tensorboard": "leave it out: metrics.jsonl has all numbers",
+    "wandb_project": "set WANDB_PROJECT in the environment",
+    "wandb_run_name": "set WANDB_NAME in the environment",
+}
 
 
 @dataclass
@@ -165,6 +186,8 @@ class Args:
     """generate: prompts, rm: responses per forward pass and rank; never changes the result."""
     tp_size: int = 1
     """vLLM: devices that share the model (tensor parallel)."""
+    dp_size: int = 1
+    """vLLM: this many engines, each in a process with tp_size devices of its own."""
     max_num_seqs: int = 256
     """vLLM: samples that run at the same time."""
     gpu_memory_utilization: float = 0.9
@@ -190,6 +213,15 @@ def die(message):
     """Ends the program with one line on stderr and exit code 2."""
     note(f"error: {message}", sys.stderr)
     raise SystemExit(2)
+
+
+def explain_flags(words):
+    """The words of a command line; stops at a flag of LATER_FLAGS with what to write."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in LATER_FLAGS:
+            die(f"--{name}: {LATER_FLAGS[name]}")
+    return words
 
 
 def read_json(path):
@@ -903,8 +935,11 @@ def unfinished(prompts, parts, args):
     return [p for p in prompts if any((p.id, k) not in parts.done for k in range(args.best_of_n))]
 
 
-def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
-    """Each prompt is one request for all its samples; the engine stays full, what finishes goes to disk."""
+def generate_vllm(prompts, parts, tokenizer, stop_ids, args, report=None):
+    """Each prompt is one request for all its samples; the engine stays full, what finishes goes to disk.
+
+    report: called with the number of prompts and tokens that are done.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     limit = context_limit(args)
@@ -923,7 +958,7 @@ def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
 
     engine = LLM(args.pretrain, **settings).llm_engine
     todo = {str(prompt.id): prompt for prompt in unfinished(prompts, parts, args)}
-    progress = Progress("prompts", len(prompts) - len(todo), len(prompts))
+    report = report or Progress("prompts", len(prompts) - len(todo), len(prompts)).add
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     flags = {name: getattr(args, name) for name in names} | {"n": args.best_of_n, "stop": list(args.stop)}
     flags |= {"stop_token_ids": sorted(stop_ids), "detokenize": bool(args.stop)}  # text is made by sample_row
@@ -936,8 +971,42 @@ def generate_vllm(prompts, parts, tokenizer, stop_ids, args):
             if result.finished:
                 samples = {s.index: list(s.token_ids) for s in result.outputs}
                 write_samples(parts, todo[result.request_id], samples, tokenizer, stop_ids, args)
-                progress.add(1, sum(map(len, samples.values())))
+                report(1, sum(map(len, samples.values())))
     engine.engine_core.shutdown()
+
+
+def generate_dp(prompts, parts, earlier, args):
+    """generate_vllm in dp_size processes, each on tp_size devices with every dp_size-th of the prompts."""
+    context, todo = multiprocessing.get_context("spawn"), unfinished(prompts, parts, args)
+    engines, done, progress = [], context.Queue(), None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    devices = visible.split(",") if visible else []
+    if devices and len(devices) < args.dp_size * args.tp_size:
+        die(f"--dp_size {args.dp_size} x --tp_size {args.tp_size} needs more than {len(devices)} GPUs")
+    for k in range(min(args.dp_size, len(todo))):
+        if devices:  # set before the process starts: libraries look at import
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[k * args.tp_size : (k + 1) * args.tp_size])
+        given = (todo[k :: args.dp_size], earlier, k + 1, args, done)
+        engines.append(context.Process(target=run_engine, args=given))
+        engines[-1].start()
+    while any(engine.is_alive() for engine in engines) or not done.empty():
+        try:
+            numbers = done.get(timeout=1)
+            progress = progress or Progress("prompts", len(prompts) - len(todo), len(prompts))
+            progress.add(*numbers)
+        except queue.Empty:
+            if any(engine.exitcode for engine in engines):
+                for engine in engines:
+                    engine.kill()
+                die("an engine failed (its message is above); the same command continues")
+
+
+def run_engine(prompts, earlier, rank, args, done):
+    """A process of generate_dp. It ends with its parent, who holds the lock on the output."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
+    parts = Parts(args, earlier, rank)
+    generate_vllm(prompts, parts, tokenizer, stop_ids, args, lambda *numbers: done.put(numbers))
 
 
 class Sampler:
@@ -1386,8 +1455,9 @@ def start(args):
 
 def check_flags(args, world_size):
     """Stops at flags that make no sense; notes those that change nothing."""
-    sizes = "rollout_batch_size best_of_n prompt_max_len max_new_tokens max_len micro_batch_size tp_size"
-    ranges = dict.fromkeys(f"{sizes} max_num_seqs rs_top_k".split(), (1, 2**31)) | {"iter": (0, 2**31)}
+    sizes = "rollout_batch_size best_of_n prompt_max_len max_new_tokens max_len micro_batch_size"
+    sizes = f"{sizes} tp_size dp_size max_num_seqs rs_top_k".split()
+    ranges = dict.fromkeys(sizes, (1, 2**31)) | {"iter": (0, 2**31)}
     ranges |= {"temperature": (0, 2), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-9, 1e9)}
     ranges |= {"gpu_memory_utilization": (0, 1), "max_model_len": (2, 2**31), "zero_stage": (0, 3)}
     ranges |= {"csft_prompt": (-1e6, 1e6), "reward_timeout": (1e-3, 1e6)}
@@ -1412,7 +1482,7 @@ def check_flags(args, world_size):
         if importlib.util.find_spec("vllm") is None:
             die("vLLM is missing: pip install -r requirements-vllm.txt, or use --eval_task generate")
         if world_size > 1:
-            die(f"generate_vllm is one process, not {world_size}: start it with python (and --tp_size)")
+            die(f"generate_vllm is one process, not {world_size}: use python, and --dp_size or --tp_size")
         if args.micro_batch_size != 16:
             note("notice --micro_batch_size: vLLM fills its batches itself, up to --max_num_seqs")
     if args.flash_attn or args.enable_prefix_caching or args.zero_stage:
@@ -1481,7 +1551,7 @@ def main(args):
     if earlier == "done":
         return
     parts = Parts(args, earlier, rank)
-    kind, devices = "CPU" if device == "cpu" else "GPU", max(world_size, args.tp_size)
+    kind, devices = "CPU" if device == "cpu" else "GPU", max(world_size, args.tp_size * args.dp_size)
     dtype = "bf16" if args.bf16 else "fp32"
     if args.pretrain:
         note(f"model  {Path(args.pretrain).name} {dtype} | {args.eval_task} | {devices} x {kind}")
@@ -1493,6 +1563,8 @@ def main(args):
             score(trees, parts, args, rank, world_size, device)
         elif args.eval_task == "generate":
             generate(prompts, parts, tokenizer, stop_ids, args, rank, world_size, device)
+        elif args.eval_task == "generate_vllm" and args.dp_size > 1:
+            generate_dp(prompts, parts, earlier, args)
         elif args.eval_task == "generate_vllm":
             generate_vllm(prompts, parts, tokenizer, stop_ids, args)
     except SystemExit:
@@ -1517,6 +1589,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__, args=explain_flags(sys.argv[1:])))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.destroy_process_group()

@@ -865,7 +865,8 @@ def launch(tmp_path, ranks, configs):
         "batch_infer",
         str(tmp_path / "configs.json"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(script.__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -949,7 +950,7 @@ def test_full_disk(home, tmp_path, capsys):
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed (requirements-vllm.txt)"
 )
 def test_vllm(home, tmp_path):
-    """Greedy: Hugging Face's rows. Sampled: a prompt's rows do not depend on its companions in the engine."""
+    """Greedy: Hugging Face's rows. Sampled: a prompt's rows do not depend on its companions, or on the engine."""
     prompts = str(home / "prompts.jsonl")
     common = {
         "eval_task": "generate_vllm",
@@ -960,12 +961,13 @@ def test_vllm(home, tmp_path):
     common |= {"prompt_max_len": 100, "max_new_tokens": 12}
     sampled = common | {"best_of_n": 3, "temperature": 0.8, "top_k": 50, "min_p": 0.01, "stop": ["plus"]}
     greedy = common | {"greedy_sampling": True, "max_model_len": 60, "repetition_penalty": 1.2}
-    configs = [greedy, sampled, sampled | {"max_samples": 5, "max_num_seqs": 4}]
+    configs = [greedy, sampled, sampled | {"max_samples": 5, "max_num_seqs": 4}, sampled | {"dp_size": 2}]
     configs = [config | {"output_path": str(tmp_path / f"{i}.jsonl")} for i, config in enumerate(configs)]
-    launch(tmp_path, 1, configs)
+    text = launch(tmp_path, 1, configs)
     flags = {name: greedy[name] for name in ("greedy_sampling", "max_model_len", "repetition_penalty")}
     assert read(tmp_path / "0.jsonl") == run(home, "generate", tmp_path / "hf.jsonl", **flags)
     rows = read(tmp_path / "1.jsonl")
     assert [(row["id"], row["sample"]) for row in rows] == [(i, k) for i in range(12) for k in range(3)]
-    assert read(tmp_path / "2.jsonl") == rows[:15]
+    assert read(tmp_path / "2.jsonl") == rows[:15] and read(tmp_path / "3.jsonl") == rows
+    assert text.count("12/12") == 3 and "| 2 x CPU" in text and not list(tmp_path.glob("*.partial"))
     assert len({row["output"] for row in rows}) > 20 and not any("plus" in row["output"] for row in rows)
