@@ -66,6 +66,22 @@ import deepspeed
 import transformers
 
 STOPPED = 75  # the exit code of a run that a signal ended and the same command continues (EX_TEMPFAIL)
+LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are here
+    "attn_implementation deepcompile disable_fast_tokenizer full_determinism grad_accum_dtype overlap_comm "
+    "ring_attn_size ring_head_stride use_liger_kernel zpg".split(),
+    "leave it out, it would change nothing",
+) | {
+    "param_dtype": "use --bf16 (the default) or --no-bf16",
+    "target_modules": "leave it out: --lora_rank is for all linear layers",
+    "load_in_4bit": "not available; --lora_rank saves memory too",
+    "aux_loss_coef": "not available: the loss of a router",
+    "ds_tensor_parallel_size": "not available; use --zero_stage 3",
+    "save_hf_ckpt": "leave it out: --save_path is a Hugging Face folder",
+    "train_split": "use --dataset_split",
+    "use_tensorboard": "leave it out: metrics.jsonl has all numbers",
+    "wandb_project": "set WANDB_PROJECT in the environment",
+    "wandb_run_name": "set WANDB_NAME in the environment",
+}
 
 
 @dataclass
@@ -91,7 +107,7 @@ class Args:
     """A Jinja chat template, or a .jinja file with one, in place of the tokenizer's own."""
     # data
     dataset: str = ""
-    """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@DATA_DIR)."""
+    """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)."""
     dataset_probs: str | None = None
     """Comma list of shares that the datasets get of an epoch of the same size. Default: every row once."""
     dataset_split: str = "train"
@@ -140,6 +156,8 @@ class Args:
     """Clip the global gradient norm to this; 0 = no clipping."""
     max_epochs: int = 1
     """Passes over the data."""
+    max_steps: int | None = None
+    """End after this many optimiser steps, the schedule as well. Default: all epochs."""
     seed: int = 42
     """Seed of everything random: data order, LoRA's start and dropout."""
     train_batch_size: int = 128
@@ -198,6 +216,15 @@ def die(message):
     raise SystemExit(2)
 
 
+def explain_flags(words):
+    """The words of a command line; stops at a flag of LATER_FLAGS with what to write."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in LATER_FLAGS:
+            die(f"--{name}: {LATER_FLAGS[name]}")
+    return words
+
+
 def read_json(path):
     """Rows of a .jsonl (an object per line) or .json (a list of objects) file, each as ("file:line", row)."""
     try:
@@ -222,8 +249,8 @@ def read_json(path):
 
 
 def read_table(name, split):
-    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@DATA_DIR)."""
-    path, _, data_dir = name.partition("@")
+    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@SUBSET)."""
+    path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
     if kind in ("json", "jsonl"):
         return read_json(path)
@@ -235,7 +262,8 @@ def read_table(name, split):
         elif kind in ("csv", "parquet", "arrow"):
             table = datasets.load_dataset(kind, data_files=path)
         else:
-            table = datasets.load_dataset(path, data_dir=data_dir or None)
+            named = subset and subset in datasets.get_dataset_config_names(path)
+            table = datasets.load_dataset(path, **{"name" if named else "data_dir": subset or None})
     except Exception as e:  # of many types; the library's message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
     if isinstance(table, datasets.DatasetDict):
@@ -257,6 +285,7 @@ def load_rows(names, probs, split, max_samples):
         if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdigit() for p in shares):
             die(f"--dataset_probs {probs}: not one number for each of {len(tables)} datasets")
         sizes = [round(float(p) * sum(sizes)) for p in shares]
+        note(f"notice --dataset_probs: rows per epoch {dict(zip(names, sizes, strict=True))}")
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
 
@@ -1117,8 +1146,8 @@ def announce(engine, trees, tokenizer, total_steps, args):
     note(f"{Path(__file__).stem:<6} {model_name} | ZeRO-{args.zero_stage} | {world_size} x {device}")
     n_tokens = sum(map(tree_length, trees))
     n_trained = sum(int(trained.sum()) for tree in trees for trained in tree["trained"])
-    epochs = f"{total_steps} steps | {n_tokens * args.max_epochs / 1e6:.2f}M tokens"
-    note(f"batch  {args.train_batch_size} examples/step | {epochs}, {n_trained / n_tokens:.0%} trained")
+    tokens = f"{n_tokens / 1e6:.2f}M tokens per epoch, {n_trained / n_tokens:.0%} trained"
+    note(f"batch  {args.train_batch_size} examples/step | {total_steps} steps | {tokens}")
     weights = n_parameters * (2 if args.bf16 else 4) / (world_size if args.zero_stage == 3 else 1) / 2**30
     gradients = n_tuned * 4 / (world_size if args.zero_stage > 1 else 1) / 2**30
     states = f"gradients {gradients:.2f}, optimiser {n_tuned * 12 / world_size / 2**30:.2f}"
@@ -1231,7 +1260,7 @@ def main(args):
     trees, dropped = to_trees(args.dataset, args.dataset_probs, args.dataset_split)
     eval_trees = to_trees(args.eval_dataset, None, args.eval_split)[0] if args.eval_dataset else []
     steps_per_epoch = math.ceil(len(trees) / args.train_batch_size)
-    total_steps = steps_per_epoch * args.max_epochs
+    total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps or 2**31)
     if len(trees) < args.train_batch_size:
         note(f"notice {len(trees)} examples for --train_batch_size {args.train_batch_size}: one smaller step")
 
@@ -1364,7 +1393,7 @@ def disk_is_full(error, folder):
 
 
 if __name__ == "__main__":
-    given = tyro.cli(Args, description=__doc__)
+    given = tyro.cli(Args, description=__doc__, args=explain_flags(sys.argv[1:]))
     try:
         code = main(given)
     except Exception as e:

@@ -1044,3 +1044,18 @@ def test_few_bad_rows_are_counted(tiny, tmp_path, capsys):
         {"row": f"{path}:48", "reason": "empty response"},
     ]
     assert run(**flags | {"save_path": str(tmp_path / "strict"), "max_drop_ratio": 0.01}) == 2
+
+
+@pytest.mark.parametrize("word", ["--param_dtype", "--attn-implementation=sdpa"])
+def test_later_flags_of_openrlhf_are_explained(word, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sft.explain_flags(["--pretrain", "x", word, "bf16"])
+    name = word.partition("=")[0].replace("-", "_").lstrip("_")
+    assert capsys.readouterr().err == f"error: --{name}: {sft.LATER_FLAGS[name]}\n"
+    assert sft.explain_flags(["--pretrain", "param_dtype"]) == ["--pretrain", "param_dtype"]
+
+
+def test_max_steps_ends_the_schedule_too(tiny, rows_file, tmp_path):
+    flags = {"pretrain": tiny, "dataset": rows_file, "lr_scheduler": "linear", "train_batch_size": 7}
+    assert run(**flags, save_path=str(tmp_path / "out"), max_steps=4) == 0
+    assert metrics_of(tmp_path / "out")["lr"] == pytest.approx([1e-3 * x for x in (1, 0.75, 0.5, 0.25)])
