@@ -79,15 +79,16 @@ def make_pairs(problems, kind, tokenizer):
 def prepare(folder, data, kind, n_pairs):
     """In folder: model/ with its tokenizer, and rows.jsonl, n_pairs of the pairs. Returns what to report."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     problems = [json.loads(line) for line in Path(data).read_text().splitlines()]
     solutions = [problem[solver]["solution"] for problem in problems for solver in SOLVERS]
     tokenizer = train_tokenizer([problem["question"] for problem in problems] + solutions)
-    tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**MODEL))
     model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")  # which gives it Qwen2's way to split text
     pairs = make_pairs(problems, kind, tokenizer)
     picked = [pairs[i * len(pairs) // n_pairs] for i in range(n_pairs)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in picked))

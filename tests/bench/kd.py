@@ -70,7 +70,7 @@ def text_tokenizer(vocabulary, texts):
 def prepare(folder, args):
     """In folder: student/ and teacher/ with their tokenizer, and rows.jsonl, {"input", "output"}."""
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
     hidden, layers, vocabulary = SIZES[args.part]
     n_rows = args.steps * args.batch
@@ -91,7 +91,8 @@ def prepare(folder, args):
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
-        Qwen2ForCausalLM(Qwen2Config(**sizes, **ids)).save_pretrained(folder / name)
+        # a model type for which AutoTokenizer takes tokenizer.json as it is: Qwen2 would get Qwen2's own splitting
+        Olmo2ForCausalLM(Olmo2Config(**sizes, **ids)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return {"rows": len(rows)}
 

@@ -74,15 +74,16 @@ def make_rows(problems, tokenizer):
 def prepare(folder, data, n_rows):
     """In folder: model/ with its tokenizer, and rows.jsonl, n_rows of the rows. Returns what to report."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     problems = [json.loads(line) for line in Path(data).read_text().splitlines()]
     solutions = [problem[solver]["solution"] for problem in problems for solver in SOLVERS]
     tokenizer = train_tokenizer([problem["question"] for problem in problems] + solutions)
-    tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**MODEL))
     model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")  # which gives it Qwen2's way to split text
     rows = make_rows(problems, tokenizer)
     picked = [rows[i * (len(rows) // 2) // n_rows * 2 + i % 2] for i in range(n_rows)]  # both labels, in turn
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in picked))

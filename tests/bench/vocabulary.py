@@ -32,7 +32,7 @@ def prepare(folder, vocabulary, args):
     """In folder: model/ with a word-level tokenizer, and rows.jsonl. Returns the model's number of parameters."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
     words = ["<pad>", "<eos>"] + [f"w{i}" for i in range(2, WORDS)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
@@ -43,7 +43,8 @@ def prepare(folder, vocabulary, args):
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     ids = {"vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **ids, tie_word_embeddings=True))
+    # a model type for which AutoTokenizer takes tokenizer.json as it is: Qwen2 would get Qwen2's own splitting
+    model = Olmo2ForCausalLM(Olmo2Config(**sizes, **ids, tie_word_embeddings=True))
     model.save_pretrained(folder / "model")
     rng = random.Random(0)
 
@@ -107,7 +108,7 @@ def main():
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(BYTES))
     parser.add_argument("--vocabularies", nargs=2, type=int, default=[WORDS, 8 * WORDS], help="from, to")
     parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=16, help="pairs of an optimiser step; there are three")
+    parser.add_argument("--batch", type=int, default=4, help="pairs of an optimiser step; there are three")
     parser.add_argument("--zero_stage", type=int, default=2)
     parser.add_argument("--out", default=str(Path(__file__).parent / "results/vocabulary_cpu.json"))
     for name in ("--part", "--folder", "--precision", "--vocabulary"):  # of the processes that are started
@@ -127,7 +128,7 @@ def main():
         whole = (max(large.values()) - max(small.values())) / added
         result = {"added_gib": added, "small": small, "large": large, "growth": growth, "ratio": whole}
         report["results"][precision] = result
-        print(f"\n{precision}: {added:.2f} GiB of weights, gradients and optimiser state added")
+        print(f"\n{precision}: {added:.2f} GiB of weights, gradients and optimiser state added", flush=True)
         for name, ratio in growth.items():
             print(f"{name:<22} {small[name]:6.2f} -> {large[name]:5.2f} GiB  {ratio:5.2f}x of it")
         print(
