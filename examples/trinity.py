@@ -39,6 +39,7 @@ TOKENS = "trainer.max_token_len_per_gpu"
 FLAGS = {  # key: flag, type, Trinity's default where it is not the script's
     "buffer.train_batch_size": ("train_batch_size", int, None),
     "buffer.total_epochs": ("max_epochs", int, None),
+    "trainer.total_steps": ("max_steps", int, None),
     f"{OPTIMIZER}lr": ("learning_rate", float, 1e-6),
     f"{OPTIMIZER}lr_warmup_steps_ratio": ("lr_warmup_ratio", float, 0.0),
     f"{OPTIMIZER}min_lr_ratio": ("min_lr_ratio", float, 0.01),
@@ -65,8 +66,6 @@ ONLY = {  # key: the values that may be there, what to do about others. False, 0
     "stages": ([], "write a file per stage, and run one after the other"),
     "data_processor.task_pipeline*": ([], "run Data-Juicer first; its output is experience_buffer.path"),
     "buffer.trainer_input.auxiliary_buffers*": ([], "leave it out: experience_buffer is trained on"),
-    "buffer.total_steps": ([], "write buffer.total_epochs: whole epochs are trained"),
-    "trainer.total_steps": ([], "write buffer.total_epochs: whole epochs are trained"),
     "trainer.trainer_type": (["verl"], "write verl"),
     "trainer.trainer_strategy": (["fsdp2", "fsdp"], "write fsdp2: weights are sharded, by ZeRO-3"),
     "trainer.trainer_config_path": ([], "write its settings into this file"),
@@ -91,7 +90,7 @@ RENAMED |= {f"{OPTIMIZER}warmup_style": f"{OPTIMIZER}lr_scheduler_type"} | {
     for name in "lr lr_warmup_steps lr_warmup_steps_ratio min_lr_ratio betas weight_decay".split()
 }
 READ = f"""mode project group name checkpoint_root_dir continue_from_checkpoint cluster.node_num
-    cluster.gpu_per_node algorithm.algorithm_type algorithm.policy_loss_fn {BETA} {KL_COEF}
+    cluster.gpu_per_node buffer.total_steps algorithm.algorithm_type algorithm.policy_loss_fn {BETA} {KL_COEF}
     {OPTIMIZER}lr_scheduler_type model.model_path model.max_model_len model.max_prompt_tokens
     model.max_response_tokens model.custom_chat_template model.chat_template_path model.enable_thinking
     model.lora_configs {DATA}storage_type {DATA}path {DATA}subset_name {FORMAT}prompt_type
@@ -178,6 +177,8 @@ class Settings:
         if value is None or type(value) is kind and kind is not list:
             return value
         try:
+            if kind is str and type(value) in (int, float):
+                return str(value)
             if kind is list:
                 return [float(number) for number in value]
             if kind in (int, float) and type(value) is not bool and kind(float(value)) == float(value):
@@ -228,11 +229,14 @@ def translate(s):
     add_columns(s, method)
     if method == "dpo":
         add_beta(s)
+    if steps := s.get("buffer.total_steps", int):  # in place of epochs: rows are repeated until then
+        s.config["buffer.total_epochs"] = steps
+        s.config["trainer.total_steps"] = min(steps, s.get("trainer.total_steps", int, steps))
     schedule = s.choice(f"{OPTIMIZER}lr_scheduler_type", ["constant", "cosine"], "constant")
     s.add(f"{OPTIMIZER}lr_scheduler_type", "lr_scheduler", schedule.replace("cosine", "cosine_with_min_lr"))
     for key, (flag, kind, default) in FLAGS.items():
         value = s.get(key, kind, default)
-        unset = value == 0 and flag in ("save_steps", "max_ckpt_num")  # 0: only the final model; all are kept
+        unset = value == 0 and flag in ("save_steps", "max_ckpt_num")  # 0: the script decides
         if not unset and (flag != "min_lr_ratio" or schedule == "cosine"):
             s.add(key, flag, value)
     add_sizes(s, 2 if method == "dpo" else 1)
@@ -304,8 +308,10 @@ def add_sizes(s, sequences):
 def chat_template(s):
     """The file's chat template, or the model's with the file's system prompt in it, or None."""
     own = s.get(f"{FORMAT}chat_template") or s.get("model.custom_chat_template")
-    if not own and "model.chat_template_path" in s.config:
-        own = Path(s.source("model.chat_template_path")).read_text()
+    key = "model.chat_template_path"
+    if not own and key in s.config:
+        file = Path(s.path(key))
+        own = file.read_text() if file.is_file() else die(key, f"{file} is no file: write one")
     system, head = s.get(f"{FORMAT}system_prompt"), ""
     thinking = s.get(f"{FORMAT}enable_thinking", bool, s.get("model.enable_thinking", bool))
     if thinking is not None:
@@ -316,7 +322,10 @@ def chat_template(s):
     if head and not own:
         from transformers import AutoTokenizer  # takes seconds: only where it is needed
 
-        own = AutoTokenizer.from_pretrained(s.source("model.model_path")).chat_template
+        try:
+            own = AutoTokenizer.from_pretrained(s.source("model.model_path")).chat_template
+        except (OSError, ValueError) as e:
+            die("model.model_path", f"no tokenizer there: {str(e).splitlines()[0]}")
         if not isinstance(own, str):
             die("model.custom_chat_template", "write one: the model has none for the system prompt")
     return head + own if own else None
@@ -354,7 +363,7 @@ def monitor(s):
 def words(flag, value):
     """A flag on the command line."""
     values = value if isinstance(value, list) else [] if value is True else [value]
-    return [f"--{flag}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    return [f"--{flag}", *map(str, values)]
 
 
 def main(argv=None):
@@ -368,6 +377,7 @@ def main(argv=None):
     s = Settings(read_config(args.config))
     script = translate(s)
     environment, start = monitor(s), launcher(s, args.num_processes)
+    print("notice rows come in random order; Trinity's default is the order of the file")
     print("notice not used here:", ", ".join(key for key in s.config if not find(key, KNOWN)) or "nothing")
     width = max(len(key) for key, _, _ in s.rows)
     for key, flag, value in s.rows:
