@@ -66,8 +66,9 @@ import transformers
 
 STOPPED = 75  # the exit code of a run that a signal ended and the same command continues (EX_TEMPFAIL)
 LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are here
-    "attn_implementation deepcompile disable_fast_tokenizer full_determinism grad_accum_dtype overlap_comm "
-    "ring_attn_size ring_head_stride use_liger_kernel zpg".split(),
+    "attn_implementation deepcompile disable_ds_ckpt disable_fast_tokenizer full_determinism overlap_comm zpg "
+    "grad_accum_dtype gradient_checkpointing_use_reentrant max_ckpt_mem ring_attn_size ring_head_stride "
+    "use_ds_universal_ckpt use_liger_kernel".split(),
     "leave it out, it would change nothing",
 ) | {
     "param_dtype": "use --bf16 (the default) or --no-bf16",
@@ -77,8 +78,12 @@ LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are
     "ds_tensor_parallel_size": "not available; use --zero_stage 3",
     "save_hf_ckpt": "leave it out: --save_path is a Hugging Face folder",
     "train_split": "use --dataset_split",
+    "enable_csft": "use --csft_prompt with the reward to ask for",
+    "use_ms": "download the model: --pretrain takes its folder",
     "use_tensorboard": "leave it out: metrics.jsonl has all numbers",
     "wandb_project": "set WANDB_PROJECT in the environment",
+    "wandb_org": "set WANDB_ENTITY in the environment",
+    "wandb_group": "set WANDB_RUN_GROUP in the environment",
     "wandb_run_name": "set WANDB_NAME in the environment",
 }
 
@@ -266,7 +271,7 @@ def read_table(name, split):
             named = subset and subset in datasets.get_dataset_config_names(path)
             table = datasets.load_dataset(path, **{"name" if named else "data_dir": subset or None})
     except Exception as e:  # of many types; the library's message names the cause
-        die(f"dataset {name!r}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+        die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
     if isinstance(table, datasets.DatasetDict):
         if split not in table and len(table) > 1:
             die(f"dataset {name!r} has no split {split!r}; it has {', '.join(table)}")
@@ -392,7 +397,7 @@ def label_tokens(rendered, tokenizer, stop_ids, max_len):
     text, spans, finished, bos = rendered
     encoded = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # less the EOS some tokenizers append
+    n = int(np.max(offsets[:, 1].nonzero()[0], initial=-1)) + 1  # less the EOS some tokenizers append
     ids, offsets = encoded["input_ids"][:n], offsets[:n]
     if n > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
         ids, offsets = ids[1:], offsets[1:]
@@ -1405,7 +1410,7 @@ def disk_is_full(error, folder):
 
 
 if __name__ == "__main__":
-    given = tyro.cli(Args, description=__doc__, args=explain_flags(sys.argv[1:]))
+    given = tyro.cli(Args, description=__doc__, args=explain_flags(sys.argv[1:]), use_underscores=True)
     try:
         code = main(given)
     except Exception as e:
