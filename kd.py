@@ -66,9 +66,9 @@ import transformers
 
 STOPPED = 75  # the exit code of a run that a signal ended and the same command continues (EX_TEMPFAIL)
 LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are here
-    "attn_implementation deepcompile disable_ds_ckpt disable_fast_tokenizer full_determinism overlap_comm zpg "
+    "attn_implementation deepcompile disable_ds_ckpt disable_fast_tokenizer full_determinism overlap_comm "
     "grad_accum_dtype gradient_checkpointing_use_reentrant max_ckpt_mem ring_attn_size ring_head_stride "
-    "use_ds_universal_ckpt use_liger_kernel".split(),
+    "use_ds_universal_ckpt use_liger_kernel zpg".split(),
     "leave it out, it would change nothing",
 ) | {
     "param_dtype": "use --bf16 (the default) or --no-bf16",
