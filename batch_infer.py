@@ -73,8 +73,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import transformers
 
 LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are here
-    "attn_implementation deepcompile disable_fast_tokenizer full_determinism grad_accum_dtype overlap_comm "
-    "ring_attn_size ring_head_stride use_liger_kernel zpg".split(),
+    "attn_implementation deepcompile disable_ds_ckpt disable_fast_tokenizer full_determinism overlap_comm "
+    "grad_accum_dtype gradient_checkpointing_use_reentrant max_ckpt_mem ring_attn_size ring_head_stride "
+    "use_ds_universal_ckpt use_liger_kernel zpg".split(),
     "leave it out, it would change nothing",
 ) | {
     "param_dtype": "use --bf16 (the default) or --no-bf16",
@@ -84,8 +85,12 @@ LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are
     "ds_tensor_parallel_size": "not available; use --zero_stage 3",
     "save_hf_ckpt": "leave it out: --save_path is a Hugging Face folder",
     "train_split": "use --dataset_split",
+    "enable_csft": "use --csft_prompt with the reward to ask for",
+    "use_ms": "download the model: --pretrain takes its folder",
     "use_tensorboard": "leave it out: metrics.jsonl has all numbers",
     "wandb_project": "set WANDB_PROJECT in the environment",
+    "wandb_org": "set WANDB_ENTITY in the environment",
+    "wandb_group": "set WANDB_RUN_GROUP in the environment",
     "wandb_run_name": "set WANDB_NAME in the environment",
 }
 
@@ -111,7 +116,7 @@ class Args:
     """rm: name of an OpenRLHF head in the checkpoint, where config.json has no value_head_prefix."""
     # data
     dataset: str = ""
-    """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@DATA_DIR)."""
+    """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)."""
     dataset_probs: str | None = None
     """Comma list of shares that the datasets get of an epoch of the same size. Default: every row once."""
     dataset_split: str = "train"
@@ -248,8 +253,8 @@ def read_json(path):
 
 
 def read_table(name, split):
-    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@DATA_DIR)."""
-    path, _, data_dir = name.partition("@")
+    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@SUBSET)."""
+    path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
     if kind in ("json", "jsonl"):
         return read_json(path)
@@ -261,9 +266,10 @@ def read_table(name, split):
         elif kind in ("csv", "parquet", "arrow"):
             table = datasets.load_dataset(kind, data_files=path)
         else:
-            table = datasets.load_dataset(path, data_dir=data_dir or None)
+            named = subset and subset in datasets.get_dataset_config_names(path)
+            table = datasets.load_dataset(path, **{"name" if named else "data_dir": subset or None})
     except Exception as e:  # of many types; the library's message names the cause
-        die(f"dataset {name!r}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+        die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
     if isinstance(table, datasets.DatasetDict):
         if split not in table and len(table) > 1:
             die(f"dataset {name!r} has no split {split!r}; it has {', '.join(table)}")
@@ -283,6 +289,7 @@ def load_rows(names, probs, split, max_samples):
         if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdigit() for p in shares):
             die(f"--dataset_probs {probs}: not one number for each of {len(tables)} datasets")
         sizes = [round(float(p) * sum(sizes)) for p in shares]
+        note(f"notice --dataset_probs: rows per epoch {dict(zip(names, sizes, strict=True))}")
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
 
@@ -388,7 +395,7 @@ def label_tokens(rendered, tokenizer, stop_ids, max_len):
     text, spans, finished, bos = rendered
     encoded = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    n = int(offsets[:, 1].nonzero()[0][-1]) + 1 if text else 0  # less the EOS some tokenizers append
+    n = int(np.max(offsets[:, 1].nonzero()[0], initial=-1)) + 1  # less the EOS some tokenizers append
     ids, offsets = encoded["input_ids"][:n], offsets[:n]
     if n > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
         ids, offsets = ids[1:], offsets[1:]
@@ -802,12 +809,12 @@ def difference(old, new):
 
 
 def write_rows(path, rows):
-    """JSON lines, written beside, synced, renamed."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    """JSON lines, whole or not at all."""
+    try:
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+        write_atomic(path, "".join(lines))
+    except OSError as e:
+        die(f"{path}: {e.strerror}; what is in {path}.partial stays, the same command continues")
 
 
 def read_object(path):
@@ -840,6 +847,8 @@ def open_stage(args, identity):
     found = [path for path in outputs(args) if Path(path).exists()]
     if meta.get("identity") == identity and sha256_all(found) == meta.get("sha256"):
         note(f"done   {output} is complete and made by this command: nothing to do")
+        if read_object(partial / "identity.json") == identity:  # a kill came just before they were removed
+            shutil.rmtree(partial, ignore_errors=True)
         return "done", None
     if output in found:
         why = difference(meta["identity"], identity) if meta else "not made by this script"
@@ -1525,7 +1534,7 @@ def finish(args, rows, identity, keys, started):
         write_rows(path, result)
     record = {"identity": identity, "sha256": sha256_all(outputs(args)), "summary": summary}
     write_atomic(meta, json.dumps(record, indent=1))
-    shutil.rmtree(f"{args.output_path}.partial")
+    shutil.rmtree(f"{args.output_path}.partial", ignore_errors=True)
     if ends:
         note(f"sample {rows[0]['input'][-50:]}[{rows[0]['output'][:200]}]".replace("\n", "\\n"))
     text = "  ".join(f"{name} {value:.4g}" for name, value in summary.items() if value is not None)
@@ -1589,6 +1598,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, args=explain_flags(sys.argv[1:])))
+    main(tyro.cli(Args, description=__doc__, args=explain_flags(sys.argv[1:]), use_underscores=True))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.destroy_process_group()

@@ -1,10 +1,12 @@
 """batch_infer.py: samples and rewards against Hugging Face, independence of batch and ranks, resume, bad input."""
 
 import functools
+import gc
 import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -395,10 +397,8 @@ def test_openrlhf_head(home, samples, openrlhf, tmp_path):
         assert row["reward"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_value_head_prefix(home, openrlhf, tmp_path, capsys):
+def test_value_head_prefix(home, samples, openrlhf, tmp_path, capsys):
     """A config that does not name the head: the flag does; a wrong one is an error, never a random head."""
-    import shutil
-
     folder = tmp_path / "rm"
     shutil.copytree(openrlhf, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -821,34 +821,78 @@ def test_two_at_once(home, tmp_path, capsys):
         assert "another process" in stops(capsys, home, "generate", tmp_path / "a.jsonl")
 
 
-@pytest.mark.slow
+FORKS = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from launch import load_script
+script = load_script("batch_infer")
+if sys.argv[2] == "generate_vllm":
+    import vllm
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        script.main(script.Args(**json.loads(line)))
+        sys.stdout.flush()
+        os._exit(0)
+    print("pid", pid, flush=True)
+    print("status", os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+class Forks:
+    """Runs main() in forks of one process that has imported all: a start takes no seconds."""
+
+    def __init__(self, task):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", FORKS, str(Path(__file__).parent), task]
+        self.process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+    def answer(self, word):
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return int(line.split()[1])
+        raise AssertionError("the process that forks has ended")
+
+    def run(self, flags, kill_after=None):
+        """(whether it was killed, seconds that it ran)."""
+        self.process.stdin.write(json.dumps(flags) + "\n")
+        self.process.stdin.flush()
+        pid, started = self.answer("pid"), time.time()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(pid, 9)
+        status = self.answer("status")
+        assert status in (0, 9)
+        return status == 9, time.time() - started
+
+
+@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", ["generate", "rm", "generate_vllm"])
-def test_kill_campaign(home, tmp_path, task):
-    """kill -9 as soon as new results are on disk, until a start gets to the end: the rows of an undisturbed run."""
+def test_kill_campaign(home, tmp_path, task, n_kills):
+    """kill -9 at random moments, again and again until a start gets to the end: the rows of an undisturbed run."""
     if task == "generate_vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed (requirements-vllm.txt)")
-    rows = [{"input": f"{i} {text}", "output": text[::-1]} for i in range(50) for text in QUESTIONS]
+    rows = [{"input": f"{i} {text}", "output": text[::-1]} for i in range(12) for text in QUESTIONS]
     flags = {"eval_task": task, "dataset": write(tmp_path / "x.jsonl", rows), "micro_batch_size": 4}
-    flags |= {"pretrain": str(home / ("rm" if task == "rm" else "policy")), "max_new_tokens": 12}
-    command = [sys.executable, script.__file__, "--no-bf16", "--output_path"]
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    out, parts, kills = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial", 0
-    while not out.exists():
-        before = {path: path.stat().st_size for path in parts.glob("*.jsonl")}
-        process = subprocess.Popen([*command, str(out), *words])
-        more = random.Random(kills).randrange(20_000)
-        while process.poll() is None and kills < 10:
-            if sum(path.stat().st_size for path in parts.glob("*.jsonl")) > sum(before.values()) + more:
-                process.kill()
-                kills += 1
-            time.sleep(0.01)
-        assert process.wait() in (0, -9)
-    assert kills >= 2 and not parts.exists()
-    subprocess.run([*command, str(tmp_path / "whole.jsonl"), *words], check=True)
-    found, whole = read(out), read(tmp_path / "whole.jsonl")
-    assert [row | {"reward": 0} for row in found] == [row | {"reward": 0} for row in whole]
-    if task == "rm":
-        assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in whole], abs=1e-6)
+    flags |= {"pretrain": str(home / ("rm" if task == "rm" else "policy")), "max_new_tokens": 12, "bf16": False}
+    forks, rng, kills, n = Forks(task), random.Random(n_kills), 0, 0
+    forks.run(flags | {"output_path": str(tmp_path / "whole.jsonl")})
+    _, seconds = forks.run(flags | {"output_path": str(tmp_path / "again.jsonl")})
+    whole = read(tmp_path / "whole.jsonl")
+    assert [(row.get("id"), row.get("sample")) for row in whole] == (
+        [(None, None)] * 144 if task == "rm" else [(i, 0) for i in range(144)]
+    )
+    while kills < n_kills:
+        out, killed, n = tmp_path / f"{n}.jsonl", True, n + 1
+        while killed:
+            killed, _ = forks.run(flags | {"output_path": str(out)}, rng.uniform(0, seconds) if kills < n_kills else None)
+            kills += killed
+        found = read(out)
+        assert [row | {"reward": 0} for row in found] == [row | {"reward": 0} for row in whole]
+        if task == "rm":
+            assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in whole], abs=1e-6)
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tmp"))
+    forks.process.kill()
 
 
 def launch(tmp_path, ranks, configs):
@@ -941,6 +985,43 @@ def test_full_disk(home, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parts.write([{"id": 0}])
     assert "No space left on device; what is written stays" in capsys.readouterr().err
+
+
+def test_full_disk_at_the_end(home, samples, tmp_path, monkeypatch, capsys):
+    """The parts stay: with room again, the same command only writes the file."""
+
+    write_atomic = script.write_atomic
+
+    def no_room(path, text):
+        if path.endswith("a.jsonl"):
+            raise OSError(28, "No space left on device")
+        write_atomic(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_atomic", lambda path, text: no_room(str(path), text))
+        line = stops(capsys, home, "generate", tmp_path / "a.jsonl", best_of_n=4)
+    gc.collect()  # the process lives on, and its traceback holds the lock
+    assert "a.jsonl: No space left on device; what is in" in line and (tmp_path / "a.jsonl.partial").exists()
+    assert run(home, "generate", tmp_path / "a.jsonl", best_of_n=4) == read(home / "samples.jsonl")
+    assert "resume 12 of 12 prompts were done before" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_pad_token(home, samples, tmp_path):
+    """The last token is looked at; generation pads with EOS, which nothing sees."""
+    for name in ("rm", "policy"):
+        shutil.copytree(home / name, tmp_path / name)
+        for file, keys in (("tokenizer_config.json", ["pad_token"]), ("config.json", ["pad_token_id"])):
+            settings = json.loads((tmp_path / name / file).read_text())
+            settings = {key: value for key, value in settings.items() if key not in keys}
+            (tmp_path / name / file).write_text(json.dumps(settings))
+    flags = {"dataset": str(home / "samples.jsonl")}
+    found, usual = (
+        run(home, "rm", tmp_path / f"{i}.jsonl", pretrain=str(folder / "rm"), **flags)
+        for i, folder in enumerate((tmp_path, home))
+    )
+    assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in usual], abs=1e-6)
+    again = run(home, "generate", tmp_path / "g.jsonl", pretrain=str(tmp_path / "policy"), best_of_n=4)
+    assert again == samples
 
 
 # --- vLLM
