@@ -80,7 +80,8 @@ def main():
     report = {"date": str(date.today()), "cpu": platform.processor() or platform.machine()}
     report |= {"spread": float(scores["alone"].std()), "largest_error": max(errors), "rows_per_sec": rates}
     bound = args.samples * (args.prompt + args.response) / (args.prompt + args.samples * args.response)
-    report |= {"bound": bound, "seconds": seconds, **vars(args)}
+    report |= {"bound": bound, "seconds": seconds}
+    report |= {name: getattr(args, name) for name in ("samples", "prompt", "response", "prompts")}
     for name, rate in rates.items():
         print(f"{name:<6} {rate:7.2f} rows/s   tree: {rates['tree'] / rate:.2f}x")
     print(f"bound by tokens {bound:.2f}x, largest error {max(errors):.1e}, spread of the scores {report['spread']:.2f}")

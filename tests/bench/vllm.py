@@ -120,8 +120,9 @@ def main():
         wall, cpu = (rate[kind] / rates["LLM.generate"][kind] for kind in ("wall", "cpu"))
         print(f"{name:<14} {rate['wall']:7.1f} tokens/s ({wall:.1%}) {rate['cpu']:7.1f} per CPU second ({cpu:.1%})")
     report = {"date": str(date.today()), "cpu": platform.machine(), "vllm": vllm.__version__}
+    report |= {name: getattr(options, name) for name in ("prompts", "samples", "max_new_tokens", "rounds")}
     report |= {"cores": len(os.sched_getaffinity(0)), "tokens": n_tokens, "tokens_per_sec": rates, "seconds": runs}
-    Path(options.out).write_text(json.dumps(report | vars(options), indent=1) + "\n")
+    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
