@@ -49,6 +49,7 @@ import math
 import multiprocessing
 import os
 import queue
+import select
 import shutil
 import signal
 import subprocess
@@ -476,12 +477,13 @@ def make_prompts(rows, tokenizer, args):
     if args.iter is not None:
         start = args.iter * args.rollout_batch_size
         indices = [i % len(rows) for i in range(start, start + min(args.rollout_batch_size, len(rows)))]
+        wraps = " (from the start again)" * (start >= len(rows))
     items = [(*rows[i], i) for i in indices]
     prompts, summary = usable(items, lambda item: make_prompt(*item, key, tokenizer, limit, args), args)
     lost = [name for name in rows[0][1] if name in OUR_FIELDS and name != key]
     if lost:
         note(f"notice columns of the prompts that are not kept, as we write such: {', '.join(lost)}")
-    part = "" if args.iter is None else f", iteration {args.iter} of {len(rows):,} rows"
+    part = "" if args.iter is None else f", iteration {args.iter} of {len(rows):,} rows{wraps}"
     note(f"data   {len(prompts):,} prompts from column {key}{part} | {summary}")
     return prompts
 
@@ -1305,7 +1307,9 @@ def call_rewards(name, path, k, calls, parts, args, rank, world_size):
         try:
             local.process.stdin.write(json.dumps(call[1:], default=str).encode() + b"\n")
             local.process.stdin.flush()
-            answer = local.process.stdout.readline()
+            # it keeps the time itself; 600: its imports take longer, or its children hold the pipe open
+            ready = select.select([local.process.stdout], [], [], args.reward_timeout + 600)[0]
+            answer = local.process.stdout.readline() if ready else b""
         except BrokenPipeError:
             answer = b""
         if not answer:
@@ -1318,8 +1322,9 @@ def call_rewards(name, path, k, calls, parts, args, rank, world_size):
     progress, failed, held = Progress(f"calls of {name}", len(mine) - len(todo), len(mine)), 0, []
     pool = ThreadPoolExecutor(torch.get_num_threads())
     blocks = (todo[begin : begin + 10_000] for begin in range(0, len(todo), 10_000))
+    results = itertools.chain.from_iterable(pool.map(ask, block) for block in blocks)
     try:
-        for n, (i, reward, error) in enumerate(itertools.chain(*(pool.map(ask, b) for b in blocks)), 1):
+        for n, (i, reward, error) in enumerate(results, 1):
             failed += reward is None
             if failed == n == min(100, len(mine)) and len(todo) == len(mine):
                 die(f"--reward_fn {path}:{name} failed on each of the first {n} rows, on the last:\n{error}")

@@ -915,7 +915,7 @@ def launch(tmp_path, ranks, configs):
     return done.stdout
 
 
-def test_two_ranks(home, samples, tmp_path):
+def test_two_ranks(home, samples, rewards, tmp_path):
     """The same samples and, to rounding, rewards, in the same order, none twice."""
     common = {"bf16": False, "prompt_max_len": 100, "max_new_tokens": 12}
     generate = {
@@ -925,12 +925,14 @@ def test_two_ranks(home, samples, tmp_path):
     }
     generate |= {"output_path": str(tmp_path / "gen.jsonl"), "best_of_n": 4, "micro_batch_size": 2, **common}
     rm = {"eval_task": "rm", "pretrain": str(home / "rm"), "dataset": str(home / "samples.jsonl"), **common}
-    rm |= {"output_path": str(tmp_path / "rm.jsonl")}
+    rm |= {"output_path": str(tmp_path / "rm.jsonl"), "reward_fn": f"{rewards}:digits=0.5"}
     text = launch(tmp_path, 2, [generate, rm, rm])
     assert read(tmp_path / "gen.jsonl") == samples
-    alone = run(home, "rm", tmp_path / "alone.jsonl", dataset=str(home / "samples.jsonl"))
+    flags = {"dataset": str(home / "samples.jsonl"), "reward_fn": rm["reward_fn"]}
+    alone = run(home, "rm", tmp_path / "alone.jsonl", **flags)
     for row, expected in zip(read(tmp_path / "rm.jsonl"), alone, strict=True):
-        assert row | {"reward": 0} == expected | {"reward": 0}
+        assert row | {"reward": 0, "rewards": 0} == expected | {"reward": 0, "rewards": 0}
+        assert row["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
         assert row["reward"] == pytest.approx(expected["reward"], abs=1e-5)
     assert "| 2 x CPU" in text and text.count("nothing to do") == 1
     assert not list(tmp_path.glob("*.partial"))
