@@ -378,7 +378,8 @@ def main(argv=None):
     script = translate(s)
     environment, start = monitor(s), launcher(s, args.num_processes)
     print("notice rows come in random order; Trinity's default is the order of the file")
-    print("notice not used here:", ", ".join(key for key in s.config if not find(key, KNOWN)) or "nothing")
+    if unused := [key for key in s.config if not find(key, KNOWN)]:
+        print(f"notice not used here: {', '.join(unused)}")
     width = max(len(key) for key, _, _ in s.rows)
     for key, flag, value in s.rows:
         flag, *values = words(flag, value)

@@ -400,7 +400,14 @@ def test_trinity_yaml(folder, method, ranks):
     names = {"TRINITY_MODEL_PATH": str(folder / "policy"), "DATASET_PATH": str(folder / "data")}
     command = [sys.executable, str(REPO / "examples/trinity.py"), "run", "--config", "x.yaml"]
     command += ["--num_processes", str(ranks)] if ranks > 1 else []
+    if method == "sft":  # a scheduler ends it in the middle
+        first = subprocess.Popen(command, cwd=folder, env=environment(folder) | names, text=True, stdout=subprocess.PIPE)
+        assert any(line.startswith("step     6/20") for line in first.stdout)
+        first.terminate()
+        first.communicate(timeout=100)
+        assert first.returncode == 75
     console = run(command, folder, ranks, **names)
+    assert ("\nresume " in console) == (method == "sft")
     job = folder / "checkpoints/<project_name>/<experiment_name>"
     metrics = trained(job / "model", folder / "policy")
     assert len(metrics["loss"]) == {"dpo": 8, "sft": 20}[method]

@@ -158,6 +158,19 @@ VERL = "trainer.trainer_config.actor_rollout_ref"
         ({"name": 7}, {"save_path": "root/p/7/model"}),
         ({"project": "<project_name>"}, {"save_path": "root/<project_name>/n/model"}),
         ({"model.custom_chat_template": "{{ 1 }}"}, {"tokenizer_chat_template": "{{ 1 }}"}),
+        (
+            {
+                "synchronizer": {"sync_method": "checkpoint", "sync_interval": 30, "sync_timeout": 1200},
+                "trainer.use_dynamic_bsz": False,
+                "trainer.ppo_max_token_len_per_gpu": 16384,
+                "trainer.ulysses_sequence_parallel_size": 1,
+                f"{VERL}.actor.ppo_micro_batch_size_per_gpu": 2,
+                f"{VERL}.ref.log_prob_micro_batch_size_per_gpu": 2,
+                "trainer.trainer_config.trainer.balance_batch": False,
+                f"{DATA}.enable_progress_bar": True,
+            },
+            {"micro_train_batch_size": 2, "packing_samples": False},
+        ),
         ({"stages": [], "data_processor": {}, "explorer": {"runner_num": 4}, "log": {"level": "INFO"}}, {}),
     ],
 )  # fmt: skip
@@ -258,7 +271,8 @@ def test_no_settings(show, capsys, text, message):
 def test_system_prompt_and_thinking(show, tiny, tokenizer):
     text = 'Say "yes",\nin {{braces}} \U0001f642.'
     changes = {"model.model_path": tiny, f"{DATA}.format.system_prompt": text}
-    template = show(changes)[0].tokenizer_chat_template
+    args = show(changes)[0]
+    template = args.tokenizer_chat_template
     user, system = {"role": "user", "content": "u"}, {"role": "system", "content": "other"}
 
     def rendered(*messages, template=template):
@@ -267,6 +281,11 @@ def test_system_prompt_and_thinking(show, tiny, tokenizer):
     plain = tokenizer.chat_template
     assert rendered(user) == rendered({"role": "system", "content": text}, user, template=plain)
     assert rendered(system, user) == rendered(system, user, template=plain)
+    dpo = script_of("dpo")
+    found, spans, *_ = dpo.render(dpo.load_tokenizer(tiny, args)[0], "u", "a", args)  # as it is trained
+    answer = {"role": "assistant", "content": "a"}
+    assert found == rendered({"role": "system", "content": text}, user, answer, template=plain)
+    assert found[: spans[0][0]].endswith("<|assistant|>") and text in found[: spans[0][0]]
     own = "{{ messages[0]['content'] }}{{ enable_thinking }}"
     changes |= {"model.custom_chat_template": own, "model.enable_thinking": False}
     assert rendered(user, template=show(changes)[0].tokenizer_chat_template) == text + "False"
