@@ -608,10 +608,13 @@ class LogProbs(nn.Module):
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
         return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
 
+    def chunk_rows(self, weight):
+        return max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
+
     def in_chunks(self, function, *tensors):
         """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
-        rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = self.chunk_rows(weight)
         chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
         parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
@@ -620,8 +623,41 @@ class LogProbs(nn.Module):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
+class SumInChunks(torch.autograd.Function):
+    """(sum of N losses, their terms [N, 2]) of function(weight, bias, *chunks), which gives [C] and [C, 2].
+
+    The gradient is taken on the way forward, chunk by chunk, and only scaled on the way back: no head runs
+    twice, as it would under checkpoint, and no logits are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, function, rows, train, weight, bias, hidden, *others):
+        ctx.n, total, terms, hidden_grads = len(others), 0.0, [], []
+        head = [x for x in (weight, bias) if x is not None]
+        w, b = [x.detach().requires_grad_(train and x.requires_grad) for x in head] + [None] * (2 - len(head))
+        for h, *rest in zip(*[x.split(rows) for x in (hidden, *others)], strict=True):
+            h = h.detach().requires_grad_(train)
+            with torch.set_grad_enabled(train):
+                losses, values = function(w, b, h, *rest)
+                loss = losses.sum()
+            if train:
+                loss.backward()
+            total, terms = total + loss.detach(), [*terms, values.detach()]
+            hidden_grads.append(h.grad)
+        if train:
+            ctx.grads = [w.grad, None if b is None else b.grad, torch.cat(hidden_grads)]
+        terms = torch.cat(terms)
+        ctx.mark_non_differentiable(terms)
+        return total, terms
+
+    @staticmethod
+    def backward(ctx, scale, _):
+        grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in ctx.grads]
+        return None, None, None, *grads, *[None] * ctx.n
+
+
 class DistillLogProbs(LogProbs):
-    """The student as forward(pack) -> [N, 2]: each trained token's log-prob and divergence from the teacher.
+    """The student as forward(pack) -> (sum of the loss over the trained tokens, [N, 2]: its terms CE and KD).
 
     The teacher is a LogProbs, or None where every tree has "teacher" [n, 2K + 2]: log-probs and ids of K
     tokens, and of the rest of the vocabulary (its id is -1).
@@ -629,9 +665,10 @@ class DistillLogProbs(LogProbs):
 
     CHUNK_BYTES = 2**25  # several tensors of this size live at once
 
-    def __init__(self, model, teacher, vocabulary, kd_loss, temperature):
+    def __init__(self, model, teacher, vocabulary, args):
         super().__init__(model)
-        self.options, self.vocabulary, self.temperature = (kd_loss, temperature), vocabulary, temperature
+        self.vocabulary, self.temperature, self.kd_coef = vocabulary, args.kd_temperature, args.kd_coef
+        self.kd_loss = args.kd_loss
         self.teacher = None if teacher is None else [getattr(teacher, "module", teacher)]  # no submodule
         if teacher is not None:
             head = self.teacher[0].parts[1]
@@ -640,11 +677,12 @@ class DistillLogProbs(LogProbs):
                 self.teacher_head = [p.detach().clone() if sharded else p.detach() for p in head.parameters()]
 
     def log_softmax(self, logits):
-        return (logits[:, : self.vocabulary] / self.temperature).log_softmax(1)
+        logits = logits[:, : self.vocabulary]
+        return (logits if self.temperature == 1 else logits / self.temperature).log_softmax(1)
 
     def chunk_distill(self, weight, bias, hidden, targets, teacher):
         logits = self.logits(weight, bias, hidden)
-        logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        ce = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
         log_q = self.log_softmax(logits)
         if self.teacher is not None:
             with torch.no_grad():
@@ -652,7 +690,8 @@ class DistillLogProbs(LogProbs):
         else:
             log_p, ids = teacher.chunk(2, 1)
             log_q = top_and_rest(log_q, ids[:, ids[0] >= 0].long())
-        return torch.stack([logps, divergence(log_p, log_q, *self.options)], 1)
+        kd = divergence(log_p, log_q, self.kd_loss, self.temperature)
+        return (1 - self.kd_coef) * ce + self.kd_coef * kd, torch.stack([ce, kd], 1)
 
     def forward(self, pack):
         if "where" not in pack["trees"][0]:  # the start-up check compares log-probs alone
@@ -663,7 +702,9 @@ class DistillLogProbs(LogProbs):
         else:
             rows = np.concatenate([tree["teacher"] for tree in pack["trees"]])
             teacher = torch.from_numpy(rows).to(pack["targets"].device)
-        return self.in_chunks(self.chunk_distill, self.hidden(pack), pack["targets"], teacher)
+        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
+        rows, tensors = self.chunk_rows(weight), (self.hidden(pack), pack["targets"], teacher)
+        return SumInChunks.apply(self.chunk_distill, rows, torch.is_grad_enabled(), weight, bias, *tensors)
 
 
 def top_and_rest(logps, ids):
@@ -1332,8 +1373,7 @@ def main(args):
         teacher_topk(trees + eval_trees, identity and identity["teacher"], vocabulary, args, device)
     else:
         teacher = frozen_model(args.teacher_model, args, device, args.teacher_offload)
-    options = (teacher, vocabulary, args.kd_loss, args.kd_temperature)
-    engine = start_engine(args, lambda model: DistillLogProbs(model, *options))
+    engine = start_engine(args, lambda model: DistillLogProbs(model, teacher, vocabulary, args))
     # --- end algorithm
     check_attention(engine, args)
     if start_step:
@@ -1348,8 +1388,7 @@ def main(args):
         n_tokens = size(batch)
 
         def loss_fn(output, pack):
-            ce_loss, kd_loss = -output[:, 0].sum() / n_tokens, output[:, 1].sum() / n_tokens
-            loss = (1 - args.kd_coef) * ce_loss + args.kd_coef * kd_loss
+            loss, (ce_loss, kd_loss) = output[0] / n_tokens, output[1].sum(0) / n_tokens
             return loss, {"loss": loss, "ce_loss": ce_loss, "kd_loss": kd_loss}
 
         return loss_fn

@@ -582,10 +582,13 @@ class LogProbs(nn.Module):
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
         return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
 
+    def chunk_rows(self, weight):
+        return max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
+
     def in_chunks(self, function, *tensors):
         """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
-        rows = max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = self.chunk_rows(weight)
         chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
         parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
