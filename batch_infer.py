@@ -22,7 +22,8 @@ Deviations from the usual scripts:
     are (score - mean) / std where config.json has mean and std.
  6. Conditional SFT: the reward stands in the user's turn, in rows of --post_processor csft as in prompts of
     --csft_prompt. Rewards of such samples are those of the plain prompt (plain_input).
- 7. A reward may be a Python function, or a weighted sum of several and a reward model. A call that fails or
+ 7. A reward may be a Python function, name(prompt, response, row) -> number, or a weighted sum of several and
+    the reward model: --reward_fn a.py:f=0.5,b.py:g,model=2. Each stays in "rewards". A call that fails or
     takes too long gives null, not 0, and is counted.
 
 Commands:
@@ -182,7 +183,7 @@ class Args:
     csft_prompt: float | None = None
     """generate: ask for this {reward}, with the --reward_template that csft had."""
     reward_fn: str | None = None
-    """rm: FILE.py:NAME[=WEIGHT], ...: added up, with the --pretrain model (model=WEIGHT), if there is one."""
+    """rm: comma list of FILE.py:NAME or FILE.py:NAME=WEIGHT, Python functions; see 7 at the top."""
     reward_timeout: float = 10.0
     """rm: seconds that a call of --reward_fn may take."""
     # from here on, flags do not decide the result
@@ -529,12 +530,18 @@ def conditioned(prompt, reward, args):
 
 
 def render_prompt(prompt, tokenizer, args):
-    """(text, ids) of a prompt, text or messages, as the model sees it: template and BOS in."""
+    """(text, ids) of a prompt, text or messages, as the model sees it: template and BOS in.
+
+    Without its last blank where the tokenizer joins that to the next word, as it did in training: " the".
+    """
     if isinstance(prompt, list):
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return text, prompt_ids(tokenizer, text, bos=False)
     text = args.input_template.replace("{}", prompt) if args.input_template else prompt
-    ids = prompt_ids(tokenizer, text, bos=True)
+    ids, words = prompt_ids(tokenizer, text, bos=True), [text + word for word in ("a", "the")]
+    if text.endswith(" ") and any(prompt_ids(tokenizer, w, bos=True)[: len(ids)] != ids for w in words):
+        text = text[:-1]
+        ids = prompt_ids(tokenizer, text, bos=True)
     if ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
         forms = [tokenizer.bos_token + text, tokenizer.decode(ids)]  # some tokenizers want a blank behind BOS
         text = next((form for form in forms if prompt_ids(tokenizer, form, bos=False) == ids), forms[0])
@@ -588,6 +595,7 @@ def row_texts(row, keys, chat):
     if row.get("finish_reason") is not None:  # our own: input is rendered for the policy, messages are not
         chat = chat and bool(row.get("messages"))
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
+        response = response.removeprefix(" " * ("plain_input" in row))  # the blank behind the condition
     if not chat and isinstance(prompt, str) and isinstance(response, str):
         return prompt, response
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
@@ -1001,15 +1009,18 @@ def generate_dp(prompts, parts, earlier, args):
         engines.append(context.Process(target=run_engine, args=given))
         engines[-1].start()
     while any(engine.is_alive() for engine in engines) or not done.empty():
+        if any(engine.exitcode for engine in engines):
+            break
         try:
             numbers = done.get(timeout=1)
-            progress = progress or Progress("prompts", len(prompts) - len(todo), len(prompts))
-            progress.add(*numbers)
         except queue.Empty:
-            if any(engine.exitcode for engine in engines):
-                for engine in engines:
-                    engine.kill()
-                die("an engine failed (its message is above); the same command continues")
+            continue
+        progress = progress or Progress("prompts", len(prompts) - len(todo), len(prompts))
+        progress.add(*numbers)
+    if any(engine.exitcode for engine in engines):
+        for engine in engines:
+            engine.kill()
+        die("an engine failed (its message is above); the same command continues")
 
 
 def run_engine(prompts, earlier, rank, args, done):
