@@ -595,7 +595,8 @@ def row_texts(row, keys, chat):
     if row.get("finish_reason") is not None:  # our own: input is rendered for the policy, messages are not
         chat = chat and bool(row.get("messages"))
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
-        response = response.removeprefix(" " * ("plain_input" in row))  # the blank behind the condition
+        if "plain_input" in row and not {"messages", "prompt"} & {*row} and not row["input"].endswith(" "):
+            response = response.removeprefix(" ")  # the blank behind a condition that ended the prompt
     if not chat and isinstance(prompt, str) and isinstance(response, str):
         return prompt, response
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")

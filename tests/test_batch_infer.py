@@ -724,8 +724,10 @@ def test_samples_under_a_condition_are_scored_without_it(home, tmp_path):
         data = str(tmp_path / f"{chat}.jsonl")
         scored = run(home, "rm", tmp_path / f"rm{chat}.jsonl", dataset=data)
         for row in scored:
-            assert "<rm_score>" not in row["plain_input"]
-            expected = hugging_face_score(home / "rm", scored_text(row | {"input": row["plain_input"]}))
+            assert "<rm_score>" not in row["plain_input"] and row["input"].endswith("<|assistant|>") == chat
+            output = row["output"].removeprefix(" ") if row["input"].endswith("1.50") else row["output"]
+            plain = row | {"input": row["plain_input"], "output": output}
+            expected = hugging_face_score(home / "rm", scored_text(plain))
             assert row["reward"] == pytest.approx(expected, abs=1e-5)
     again = run(home, "rm", tmp_path / "again.jsonl", dataset=data, apply_chat_template=True)
     assert [row["reward"] for row in again if row["finish_reason"] == "length"] == pytest.approx(
