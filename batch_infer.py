@@ -234,19 +234,28 @@ def explain_flags(words):
 def read_json(path):
     """Rows of a .jsonl (an object per line) or .json (a list of objects) file, each as ("file:line", row)."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as e:
         die(f"{path}: cannot be read: {e}")
+    except UnicodeDecodeError as e:
+        line = data[: e.start].count(b"\n") + 1
+        die(f"{path}:{line}: not UTF-8: {e.reason}")
     is_list, rows = text.lstrip()[:1] == "[", []
     parts = [text] if is_list else text.split("\n")
     for number, part in enumerate(parts, 1):
         try:
             values = json.loads(part) if part.strip() else []
-        except json.JSONDecodeError as e:
-            if number == len(parts) > 1:  # no newline behind it: its writer was killed there
-                note(f"notice {path}:{number}: the last line is cut off, dropped")
-                continue
-            die(f"{path}:{number + e.lineno - 1}: broken JSON: {e.msg} at column {e.colno}")
+            if "\\ud" in part.lower():  # half of a surrogate pair is no text: an error here
+                json.dumps(values, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as e:
+            line, why = number, " ".join(str(e).split())[:100]
+            if isinstance(e, json.JSONDecodeError):
+                line, why = number + e.lineno - 1, f"{e.msg} at column {e.colno}"
+                if number == len(parts) > 1:  # no newline behind it: its writer was killed there
+                    note(f"notice {path}:{number}: the last line is cut off, dropped")
+                    continue
+            die(f"{path}:{line}: broken JSON: {why}")
         rows += enumerate(values) if is_list else [(number, values)] if part.strip() else []
     for number, row in rows:
         if not isinstance(row, dict):
@@ -262,6 +271,7 @@ def read_table(name, split):
         return read_json(path)
     import datasets  # a second to import: only where it is needed
 
+    datasets.disable_progress_bars()
     try:
         if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
             table = datasets.load_from_disk(path)
@@ -288,9 +298,11 @@ def load_rows(names, probs, split, max_samples):
     sizes = list(map(len, tables))
     if probs is not None and len(tables) > 1:
         shares = probs.split(",")
-        if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdigit() for p in shares):
+        if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdecimal() for p in shares):
             die(f"--dataset_probs {probs}: not one number for each of {len(tables)} datasets")
         sizes = [round(float(p) * sum(sizes)) for p in shares]
+        if not any(sizes):
+            die(f"--dataset_probs {probs}: no rows are left")
         note(f"notice --dataset_probs: rows per epoch {dict(zip(names, sizes, strict=True))}")
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
@@ -319,6 +331,8 @@ def load_tokenizer(path, args):
         die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form'}")
     if args.tokenizer_chat_template:
         template = args.tokenizer_chat_template
+        if template.endswith(".jinja") and not Path(template).is_file():
+            die(f"--tokenizer_chat_template {template}: no such file")
         tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
     try:
         stops = transformers.GenerationConfig.from_pretrained(path).eos_token_id
@@ -380,8 +394,9 @@ def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=Fals
     if chat or isinstance(prompt, list) or isinstance(response, list):
         messages = as_messages(prompt, "user") + as_messages(response, "assistant")
         return chat_text(tokenizer, messages, multiturn)
-    if not isinstance(prompt, str) or not isinstance(response, str):
-        raise ValueError("prompt or response is not text")
+    for name, value in (("prompt", prompt), ("response", response)):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is not text but {type(value).__name__}")
     if args.input_template and finish_reason is None:
         prompt = args.input_template.replace("{}", prompt)
     span = [len(prompt), len(prompt) + len(response)]
@@ -441,8 +456,8 @@ def sort_out(items, make):
     for item in items:
         try:
             made.append(make(item))
-        except (ValueError, jinja2.TemplateError) as e:
-            places[str(e).splitlines()[0]].append(item[0])
+        except (ValueError, TypeError, jinja2.TemplateError) as e:
+            places[(str(e).splitlines() or ["the chat template refuses it"])[0]].append(item[0])
     listed = {why: ", ".join(at[:9] + ["..."] * (len(at) > 9)) for why, at in places.items()}
     phrases = ", ".join(f"{len(places[why])} {why} ({at})" for why, at in listed.items())
     return made, f"{len(items) - len(made)} left out{': ' * bool(phrases)}{phrases}"
@@ -494,7 +509,7 @@ def make_prompt(where, row, index, key, tokenizer, limit, args):
     value = row.get(key)
     if not isinstance(value, str | list):
         raise ValueError(f"prompt is neither text nor messages but {type(value).__name__}")
-    if key == "instruction" and row.get("input"):  # Alpaca's rows
+    if key == "instruction" and row.get("input") and isinstance(value, str):  # Alpaca's rows
         value = f"{value}\n\n{row['input']}"
     messages = as_messages(value, "user") if isinstance(value, list) or args.apply_chat_template else []
     while messages and messages[-1]["role"] == "assistant":  # a conversation: the model writes its own answer
@@ -581,7 +596,7 @@ def find_pairs(rows, args):
 def read_pair(row, keys):
     """(prompt, response) as they stand in the row; the response is [] where the prompt holds both."""
     prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
-    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
+    if keys[0] == "instruction" and row.get("input") and isinstance(prompt, str):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
     return prompt, response
 
@@ -596,7 +611,7 @@ def row_texts(row, keys, chat):
         chat = chat and bool(row.get("messages"))
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
         if "plain_input" in row and not {"messages", "prompt"} & {*row} and not row["input"].endswith(" "):
-            response = response.removeprefix(" ")  # the blank behind a condition that ended the prompt
+            response = str(response).removeprefix(" ")  # the blank behind a condition that ended the prompt
     if not chat and isinstance(prompt, str) and isinstance(response, str):
         return prompt, response
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
@@ -1553,7 +1568,8 @@ def finish(args, rows, identity, keys, started):
     write_atomic(meta, json.dumps(record, indent=1))
     shutil.rmtree(f"{args.output_path}.partial", ignore_errors=True)
     if ends:
-        note(f"sample {rows[0]['input'][-50:]}[{rows[0]['output'][:200]}]".replace("\n", "\\n"))
+        text = f"{str(rows[0].get('input'))[-50:]}[{str(rows[0].get('output'))[:200]}]"
+        note(f"sample {text}".replace("\n", "\\n"))
     text = "  ".join(f"{name} {value:.4g}" for name, value in summary.items() if value is not None)
     note(f"saved  {args.output_path}  {text}  ({datetime.timedelta(seconds=int(time.time() - started))})")
 

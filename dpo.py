@@ -250,19 +250,28 @@ def explain_flags(words):
 def read_json(path):
     """Rows of a .jsonl (an object per line) or .json (a list of objects) file, each as ("file:line", row)."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as e:
         die(f"{path}: cannot be read: {e}")
+    except UnicodeDecodeError as e:
+        line = data[: e.start].count(b"\n") + 1
+        die(f"{path}:{line}: not UTF-8: {e.reason}")
     is_list, rows = text.lstrip()[:1] == "[", []
     parts = [text] if is_list else text.split("\n")
     for number, part in enumerate(parts, 1):
         try:
             values = json.loads(part) if part.strip() else []
-        except json.JSONDecodeError as e:
-            if number == len(parts) > 1:  # no newline behind it: its writer was killed there
-                note(f"notice {path}:{number}: the last line is cut off, dropped")
-                continue
-            die(f"{path}:{number + e.lineno - 1}: broken JSON: {e.msg} at column {e.colno}")
+            if "\\ud" in part.lower():  # half of a surrogate pair is no text: an error here
+                json.dumps(values, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as e:
+            line, why = number, " ".join(str(e).split())[:100]
+            if isinstance(e, json.JSONDecodeError):
+                line, why = number + e.lineno - 1, f"{e.msg} at column {e.colno}"
+                if number == len(parts) > 1:  # no newline behind it: its writer was killed there
+                    note(f"notice {path}:{number}: the last line is cut off, dropped")
+                    continue
+            die(f"{path}:{line}: broken JSON: {why}")
         rows += enumerate(values) if is_list else [(number, values)] if part.strip() else []
     for number, row in rows:
         if not isinstance(row, dict):
@@ -278,6 +287,7 @@ def read_table(name, split):
         return read_json(path)
     import datasets  # a second to import: only where it is needed
 
+    datasets.disable_progress_bars()
     try:
         if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
             table = datasets.load_from_disk(path)
@@ -304,9 +314,11 @@ def load_rows(names, probs, split, max_samples):
     sizes = list(map(len, tables))
     if probs is not None and len(tables) > 1:
         shares = probs.split(",")
-        if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdigit() for p in shares):
+        if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdecimal() for p in shares):
             die(f"--dataset_probs {probs}: not one number for each of {len(tables)} datasets")
         sizes = [round(float(p) * sum(sizes)) for p in shares]
+        if not any(sizes):
+            die(f"--dataset_probs {probs}: no rows are left")
         note(f"notice --dataset_probs: rows per epoch {dict(zip(names, sizes, strict=True))}")
     return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
 
@@ -335,6 +347,8 @@ def load_tokenizer(path, args):
         die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form'}")
     if args.tokenizer_chat_template:
         template = args.tokenizer_chat_template
+        if template.endswith(".jinja") and not Path(template).is_file():
+            die(f"--tokenizer_chat_template {template}: no such file")
         tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
     try:
         stops = transformers.GenerationConfig.from_pretrained(path).eos_token_id
@@ -396,8 +410,9 @@ def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=Fals
     if chat or isinstance(prompt, list) or isinstance(response, list):
         messages = as_messages(prompt, "user") + as_messages(response, "assistant")
         return chat_text(tokenizer, messages, multiturn)
-    if not isinstance(prompt, str) or not isinstance(response, str):
-        raise ValueError("prompt or response is not text")
+    for name, value in (("prompt", prompt), ("response", response)):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is not text but {type(value).__name__}")
     if args.input_template and finish_reason is None:
         prompt = args.input_template.replace("{}", prompt)
     span = [len(prompt), len(prompt) + len(response)]
@@ -461,8 +476,9 @@ def build_trees(rows, to_texts, tokenizer, stop_ids, args):
         try:
             encodings = [label_tokens(text, tokenizer, stop_ids, args.max_len) for text in to_texts(row)]
             trees.append({**make_tree(encodings), "where": where, "row": row})
-        except (ValueError, jinja2.TemplateError) as e:  # the template refuses the conversation
-            dropped.append({"row": where, "reason": str(e).splitlines()[0]})
+        except (ValueError, TypeError, jinja2.TemplateError) as e:  # the template refuses the conversation
+            reason = (str(e).splitlines() or ["the chat template refuses it"])[0]
+            dropped.append({"row": where, "reason": reason})
     counts = collections.Counter(drop["reason"] for drop in dropped).most_common()
     summary = f"{len(dropped):,} dropped ({', '.join(f'{n} {reason}' for reason, n in counts) or 'none'})"
     if not trees or len(dropped) > args.max_drop_ratio * len(rows):
@@ -797,6 +813,14 @@ def checkpoints(args):
     return sorted(((int(p.name[5:]), p) for p in folders), reverse=True)
 
 
+def remove_checkpoints(args, identity):
+    """Those of a run that is complete; half-written ones too."""
+    for _, folder in checkpoints(args):
+        if intact(folder) in (None, identity):  # another run may use the same --ckpt_path
+            shutil.rmtree(folder)
+    shutil.rmtree(f"{args.save_path}.ckpt", ignore_errors=True)
+
+
 def open_run(args, identity):
     """What to do with --save_path, on rank 0: ("done", the step to resume from, or 0; the run's lock)."""
     target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
@@ -807,16 +831,19 @@ def open_run(args, identity):
         if in_place and old:  # the model has replaced its own start weights
             old["weights"] = identity["weights"]
         if old == identity:
+            remove_checkpoints(args, identity)
             note(f"done   {target} is complete and made by this command: nothing to do")
             return "done", None
         if not in_place:
             die(f"--save_path {target} holds another model: {difference(old, identity)}. Choose another")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = open(partial / "lock", "w")
     try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = open(partial / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         die(f"--save_path {target}: another process is writing there")
+    except OSError as e:
+        die(f"--save_path {target} cannot be written: {e.strerror}")
     for step, folder in checkpoints(args):
         old = intact(folder)
         if old == identity:
@@ -875,9 +902,7 @@ def save_model(engine, tokenizer, args, identity, dropped):
         seal(partial, identity)
         publish(partial, Path(args.save_path))
         if intact(Path(args.save_path)):
-            for _, folder in checkpoints(args):
-                shutil.rmtree(folder)
-            shutil.rmtree(f"{args.save_path}.ckpt", ignore_errors=True)
+            remove_checkpoints(args, identity)
     dist.barrier()
 
 
@@ -892,7 +917,8 @@ def open_log(args, start_step):
         try:
             import wandb
 
-            os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+            if not wandb.api.api_key:
+                os.environ["WANDB_API_KEY"] = args.use_wandb
             tracker = wandb.init()
         except ImportError:
             note("notice wandb is not installed (pip install wandb): metrics are in metrics.jsonl only")
@@ -916,11 +942,18 @@ def setup(args):
         os.environ.setdefault(name, str(default))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in "train_batch_size micro_train_batch_size max_len max_epochs max_ckpt_num".split():
-        if getattr(args, name) < 1:
-            die(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.zero_stage not in range(4) or not args.dataset:
-        die(f"--zero_stage must be 0 to 3, not {args.zero_stage}" if args.dataset else "--dataset is missing")
+    counts = "train_batch_size micro_train_batch_size max_len max_epochs max_steps max_ckpt_num logging_steps"
+    ranges = dict.fromkeys(f"{counts} max_samples".split(), (1, 2**31))
+    ranges |= dict.fromkeys(("seed", "lora_rank"), (0, 2**31)) | {"zero_stage": (0, 3)}
+    ranges |= dict.fromkeys("max_drop_ratio lora_dropout lr_warmup_ratio min_lr_ratio".split(), (0, 1))
+    ranges |= dict.fromkeys("learning_rate l2 max_norm".split(), (0, 1e9))
+    for name, (low, high) in ranges.items():
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:  # NaN too
+            die(f"--{name} must be {low} to {high}, not {getattr(args, name)}")
+    if not all(0 <= beta < 1 for beta in args.adam_betas):
+        die(f"--adam_betas {args.adam_betas}: each must be 0 or more and below 1")
+    if not args.dataset:
+        die("--dataset is missing")
     if args.lora_rank and importlib.util.find_spec("peft") is None:
         die("--lora_rank needs a package that is missing: pip install peft")
     if args.load_checkpoint or args.flash_attn:
@@ -1278,7 +1311,7 @@ def pair_texts(row, tokenizer, keys, args):
             if not parts[0][1] or parts[0][0] != parts[1][0]:
                 raise ValueError(r"no prompt column, and no shared text up to the last '\n\nAssistant:'")
             prompt, pair = "".join(parts[0][:2]), [part[2] for part in parts]
-    if keys[0] == "question" and row.get("system"):  # Intel/orca_dpo_pairs
+    if keys[0] == "question" and row.get("system") and isinstance(prompt, str):  # Intel/orca_dpo_pairs
         messages = [{"role": "system", "content": row["system"]}, {"role": "user", "content": prompt}]
         prompt = messages if args.apply_chat_template else f"{row['system']}\n\n{prompt}"
     if isinstance(pair[0], list):

@@ -59,7 +59,7 @@ if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET$TEACHER_MODEL_PATH$SFT_
   GENERATE_FLAGS="--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64 $GENERATE_FLAGS"
   RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS" LOGPS_FLAGS="--no-bf16 --max_len 160 $LOGPS_FLAGS"
   TRAIN_FLAGS="--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 \
-    --learning_rate $([[ $METHOD == @(raft|csft) ]] && echo 1e-3 || echo 2e-4) $TRAIN_FLAGS"
+    --learning_rate $(case $METHOD in raft) echo 1e-3 ;; csft) echo 3e-3 --max_epochs 4 ;; *) echo 2e-4 ;; esac) $TRAIN_FLAGS"
 fi
 : "${OUT:=runs/$METHOD}"
 OUT=${OUT%/}
