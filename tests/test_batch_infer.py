@@ -735,6 +735,14 @@ def test_samples_under_a_condition_are_scored_without_it(home, tmp_path):
     )
 
 
+def test_the_blank_behind_a_condition_is_no_part_of_the_answer():
+    """Where the condition ends the prompt, the sample may begin with its blank; any other blank stays."""
+    own = {"input": "Q [1.50]", "plain_input": "Q", "output": " the", "finish_reason": "stop"}
+    others = [{"input": "Q [1.50] "}, {"prompt": "Q"}, {"messages": [{"role": "user", "content": "Q"}]}]
+    found = [script.row_texts(own | other, ("input", "output"), True)[1] for other in [{}, *others]]
+    assert found == ["the", " the", " the", {"role": "assistant", "content": " the"}]
+
+
 def test_post_processor_and_scored_path(home, samples, tmp_path):
     flags = {"dataset": str(home / "samples.jsonl"), "scored_path": str(tmp_path / "all.jsonl")}
     best = run(home, "rm", tmp_path / "best.jsonl", post_processor="rs", **flags)
