@@ -679,7 +679,7 @@ class DistillLogProbs(LogProbs):
     tokens, and of the rest of the vocabulary (its id is -1).
     """
 
-    CHUNK_BYTES = 2**25  # several tensors of this size live at once
+    CHUNK_BYTES = 2**27
 
     def __init__(self, model, teacher, vocabulary, args):
         super().__init__(model)
@@ -698,8 +698,9 @@ class DistillLogProbs(LogProbs):
 
     def chunk_distill(self, weight, bias, hidden, targets, teacher):
         logits = self.logits(weight, bias, hidden)
-        ce = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
-        log_q = self.log_softmax(logits)
+        full = logits.log_softmax(1)
+        ce = -full.gather(1, targets[:, None])[:, 0]
+        log_q = full if (self.vocabulary, self.temperature) == (full.shape[1], 1) else self.log_softmax(logits)
         if self.teacher is not None:
             with torch.no_grad():
                 log_p = self.log_softmax(self.teacher[0].logits(*(self.teacher_head + [None])[:2], teacher))
@@ -759,7 +760,7 @@ def divergence(log_p, log_q, kind, temperature):
     """T^2 times the divergence of log_p (teacher), log_q (student), [N, V] at temperature T. Returns [N]."""
 
     def kl(a, b):
-        return (a.exp() * (a - b)).sum(1)
+        return torch.linalg.vecdot(a.exp(), a - b)
 
     def mix(share):  # of p; the rest is q
         return torch.logaddexp(log_p + math.log(share), log_q + math.log(1 - share))
