@@ -105,9 +105,9 @@ class Args:
     """The .jsonl to write."""
     # model
     pretrain: str = ""
-    """The model to train: a Hugging Face folder or hub name."""
+    """The model: a Hugging Face folder or hub name."""
     bf16: bool = True
-    """bf16 weights with fp32 master weights; --no-bf16 trains in fp32."""
+    """bf16 weights, in training with fp32 master weights; --no-bf16: fp32."""
     flash_attn: bool = False
     """Accepted for old commands: on a GPU attention is torch's own FlashAttention in any case."""
     trust_remote_code: bool = False
@@ -165,7 +165,7 @@ class Args:
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are not part of it."""
     seed: int = 42
-    """Seed of everything random: data order, LoRA's start and dropout."""
+    """Seed of everything random: data order, LoRA's start and dropout, samples."""
     post_processor: str | None = None
     """rm: what becomes of the rows: rs = best of each prompt, iter_dpo = best against worst, csft = all."""
     rs_top_k: int = 1
@@ -202,7 +202,7 @@ class Args:
     enable_prefix_caching: bool = False
     """Accepted for old commands: vLLM computes a prompt once for all its samples in any case."""
     zero_stage: int = 0
-    """DeepSpeed ZeRO: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
+    """ZeRO stage of training: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
     local_rank: int = -1
     """Set by the deepspeed launcher."""
 
@@ -879,12 +879,14 @@ def open_stage(args, identity):
     if output in found:
         why = difference(meta["identity"], identity) if meta else "not made by this script"
         note(f"notice {output} will be replaced: {why or 'changed since'}")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = open(partial / "lock", "w")
     try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = open(partial / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         die(f"--output_path {output}: another process is writing there")
+    except OSError as e:
+        die(f"--output_path {output} cannot be written: {e.strerror}")
     old, parts = read_object(partial / "identity.json"), list(partial.glob("*.jsonl"))
     if old != identity and parts:
         note(f"notice {partial} is of another command, starting over: {difference(old, identity)}")

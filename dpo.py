@@ -102,9 +102,9 @@ LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are
 class Args:
     # model
     pretrain: str
-    """The model to train: a Hugging Face folder or hub name."""
+    """The model: a Hugging Face folder or hub name."""
     bf16: bool = True
-    """bf16 weights with fp32 master weights; --no-bf16 trains in fp32."""
+    """bf16 weights, in training with fp32 master weights; --no-bf16: fp32."""
     flash_attn: bool = False
     """Accepted for old commands: on a GPU attention is torch's own FlashAttention in any case."""
     gradient_checkpointing: bool = False
@@ -181,7 +181,7 @@ class Args:
     max_steps: int | None = None
     """End after this many optimiser steps, the schedule as well. Default: all epochs."""
     seed: int = 42
-    """Seed of everything random: data order, LoRA's start and dropout."""
+    """Seed of everything random: data order, LoRA's start and dropout, samples."""
     train_batch_size: int = 128
     """Examples per optimiser step, over all ranks."""
     micro_train_batch_size: int = 8
@@ -189,7 +189,7 @@ class Args:
     packing_samples: bool = False
     """Fill each forward pass to micro_train_batch_size x max_len tokens instead."""
     zero_stage: int = 2
-    """DeepSpeed ZeRO: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
+    """ZeRO stage of training: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
     adam_offload: bool = False
     """Keep optimiser state and master weights in CPU memory."""
     # evaluation, logging, saving: from here on, flags do not decide the result
@@ -832,6 +832,8 @@ def open_run(args, identity):
             old["weights"] = identity["weights"]
         if old == identity:
             remove_checkpoints(args, identity)
+            if {*partial.glob("*")} == {partial / "lock"}:  # from a kill in publish's last line
+                shutil.rmtree(partial)
             note(f"done   {target} is complete and made by this command: nothing to do")
             return "done", None
         if not in_place:
