@@ -873,7 +873,7 @@ def open_stage(args, identity):
     found = [path for path in outputs(args) if Path(path).exists()]
     if meta.get("identity") == identity and sha256_all(found) == meta.get("sha256"):
         note(f"done   {output} is complete and made by this command: nothing to do")
-        if read_object(partial / "identity.json") == identity:  # a kill came just before they were removed
+        if read_object(partial / "identity.json") in ({}, identity):  # a kill came while they were removed
             shutil.rmtree(partial, ignore_errors=True)
         return "done", None
     if output in found:

@@ -759,8 +759,8 @@ def open_run(args, identity):
             old["weights"] = identity["weights"]
         if old == identity:
             remove_checkpoints(args, identity)
-            if {*partial.glob("*")} == {partial / "lock"}:  # from a kill in publish's last line
-                shutil.rmtree(partial)
+            if {*partial.glob("*")} <= {partial / "lock"}:  # a kill came in publish's last line
+                shutil.rmtree(partial, ignore_errors=True)
             note(f"done   {target} is complete and made by this command: nothing to do")
             return "done", None
         if not in_place:
