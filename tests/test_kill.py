@@ -10,6 +10,7 @@ imported everything. It reads a run per line (JSON) and answers with the process
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import os
 import random
@@ -217,7 +218,7 @@ def campaign(forks, name, job, kills, kind):
 
     Every other kill falls on a move, the first if kind is even.
     """
-    rng, done, n = random.Random(name), 0, 0
+    rng, done, n, tries = random.Random(name), 0, 0, itertools.count()
     whole = forks.folder / f"{name}-whole"
     codes, seconds = forks.run(job, whole)
     assert not any(codes), Path(f"{whole}.log").read_text()[-3000:]
@@ -229,7 +230,7 @@ def campaign(forks, name, job, kills, kind):
         assert n < 5 * kills + 5
         for _ in range(min(rng.choice([1, 1, 2, 3]), kills - done)):
             if (done + kind) % 2 == 0:
-                story.append(points[(first + done * len(points) // kills) % len(points)])
+                story.append(points[(first + next(tries) * (2 * len(points) // (kills + 1) + 1)) % len(points)])
                 codes, _ = forks.run(job, folder, kill=story[-1])
             else:
                 story.append(rng.uniform(0, seconds))
@@ -317,12 +318,12 @@ def loop(folder, home, jobs, at=0, delay=None):
 
 
 def loop_result(folder):
-    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    left = sorted(str(name) for name in found if "partial" not in str(name) and ".ckpt" not in str(name))
-    same = [path.read_bytes() for name, path in sorted(found.items()) if path.suffix in (".jsonl", ".safetensors") and path.name != "metrics.jsonl" and path.name != "samples.jsonl"]
+    """The names of all files, and the bytes of rows and weights."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
     steps = [json.loads(line)["step"] for line in (folder / "iter_0/model/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
-    return left, same
+    same = [path for path in found if path.suffix in (".jsonl", ".safetensors") and path.name != "metrics.jsonl"]
+    return [str(path.relative_to(folder)) for path in found], [path.read_bytes() for path in same]
 
 
 @pytest.mark.slow
@@ -335,7 +336,8 @@ def test_kills_of_the_loop(jobs, tmp_path):
     seconds = time.time() - started
     assert code == 0, Path(f"{whole}.log").read_text()[-3000:]
     while done < KILLS // 10:
-        code, _ = loop(out, tmp_path / "site", jobs, *([rng.randrange(1, moves // 2)] if done % 2 else [0, rng.uniform(1, seconds / 2)]))
+        at, delay = (rng.randrange(1, moves // 2), None) if done % 2 else (0, rng.uniform(1, seconds / 2))
+        code, _ = loop(out, tmp_path / "site", jobs, at, delay)
         done += 1
         if code == 0:  # it was at its end before the kill came: another loop
             assert loop_result(out) == loop_result(whole)
