@@ -170,7 +170,7 @@ def jobs(tiny, tmp_path_factory):
     jobs = {}
     for name in TRAINERS:
         flags = {"pretrain": tiny, "dataset": files[name], "save_path": "OUT/out", "bf16": False, "max_len": 100}
-        flags |= {"train_batch_size": 5, "max_epochs": 2, "save_steps": 1, "max_ckpt_num": 2, "learning_rate": 1e-3}
+        flags |= {"train_batch_size": 5, "max_epochs": 2, "save_steps": 2, "max_ckpt_num": 1, "learning_rate": 1e-3}
         flags |= {"dpo": {"cache_dir": "OUT/cache"}, "kto": {"cache_dir": "OUT/cache"}}.get(name, {})
         flags |= {"teacher_model": tiny, "teacher_topk": 4, "teacher_cache": "OUT/cache"} if name == "kd" else {}
         for ranks, zero_stage in SHAPES:
@@ -244,7 +244,7 @@ def campaign(forks, name, job, kills, kind):
     return done
 
 
-QUICK = {"dpo-1-zero0": 0, "kto-1-zero3": 1, "generate-1": 0, "sft-2-zero3": 0}  # 0: at a move, 1: at random
+QUICK = {"dpo-1-zero0": 0, "kto-1-zero3": 1, "generate-1": 0, "sft-2-zero0": 0}  # 0: at a move, 1: at random
 JOBS = [f"{name}-{ranks}-zero{stage}" for ranks, stage in SHAPES for name in TRAINERS]
 JOBS += [f"{name}-{ranks}" for ranks in (1, 2) for name in ("generate", "rm")]
 SHARES = [(KILLS - KILLS // 10) // len(JOBS) + (i < (KILLS - KILLS // 10) % len(JOBS)) for i in range(len(JOBS))]
