@@ -341,6 +341,15 @@ def load_tokenizer(path, args):
     return tokenizer, {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
 
+def model_config(args, **changes):
+    """The model's config.json."""
+    try:
+        changes["trust_remote_code"] = args.trust_remote_code
+        return transformers.AutoConfig.from_pretrained(args.pretrain, **changes)
+    except (OSError, ValueError) as e:
+        die(f"model {args.pretrain!r}: {str(e).splitlines()[0]}")
+
+
 def as_messages(value, role):
     """value as [{"role", "content"}]: text (said by role), such a list, or a list of {"from", "value"}."""
     roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -566,15 +575,6 @@ def render_prompt(prompt, tokenizer, args):
 def prompt_ids(tokenizer, text, bos):
     """Token ids of a rendered prompt, as in a training example that starts with it."""
     return label_tokens((text, [], True, bos), tokenizer, (), 2**31)[0].tolist()[:-1]  # less EOS
-
-
-def model_config(args, **changes):
-    """The model's config.json."""
-    try:
-        changes["trust_remote_code"] = args.trust_remote_code
-        return transformers.AutoConfig.from_pretrained(args.pretrain, **changes)
-    except (OSError, ValueError) as e:
-        die(f"model {args.pretrain!r}: {str(e).splitlines()[0]}")
 
 
 def context_limit(args):

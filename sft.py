@@ -315,6 +315,15 @@ def load_tokenizer(path, args):
     return tokenizer, {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
 
+def model_config(args, **changes):
+    """The model's config.json."""
+    try:
+        changes["trust_remote_code"] = args.trust_remote_code
+        return transformers.AutoConfig.from_pretrained(args.pretrain, **changes)
+    except (OSError, ValueError) as e:
+        die(f"model {args.pretrain!r}: {str(e).splitlines()[0]}")
+
+
 def as_messages(value, role):
     """value as [{"role", "content"}]: text (said by role), such a list, or a list of {"from", "value"}."""
     roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -437,6 +446,10 @@ def build_trees(rows, to_texts, tokenizer, stop_ids, args):
         except (ValueError, TypeError, jinja2.TemplateError) as e:  # the template refuses the conversation
             reason = (str(e).splitlines() or ["the chat template refuses it"])[0]
             dropped.append({"row": where, "reason": reason})
+    ids = [part for tree in trees for part in (tree["prompt"], *tree["responses"]) if len(part)]
+    largest, known = max(map(np.max, ids), default=0), model_config(args).get_text_config().vocab_size
+    if largest >= known:
+        die(f"model {args.pretrain!r}: its tokenizer gives token {largest}, its vocabulary has {known}")
     counts = collections.Counter(drop["reason"] for drop in dropped).most_common()
     summary = f"{len(dropped):,} dropped ({', '.join(f'{n} {reason}' for reason, n in counts) or 'none'})"
     if not trees or len(dropped) > args.max_drop_ratio * len(rows):
@@ -923,8 +936,7 @@ def load_model(path, args):
 
 def start_engine(args, wrapper):
     """The model, wrapped in LogProbs or a class like it, and its optimiser under DeepSpeed: engine(pack)."""
-    config = transformers.AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
-    config = deepspeed_config(args, config.get_text_config().hidden_size)
+    config = deepspeed_config(args, model_config(args).get_text_config().hidden_size)
     # alive while the model loads: ZeRO-3 then never holds the whole model on one rank
     partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
     torch.manual_seed(args.seed)

@@ -23,8 +23,6 @@ TASKS = ("sft", "dpo", "kto", "kd", "generate", "rm")
 FORMATS = ("jsonl", "json", "csv", "parquet")
 MAX_LEN = 100
 NUMBERS = itertools.count()
-# names of cases that end in a traceback, or are accepted, until the scripts are mended
-NOT_YET = {"pretrain=no_config", "pretrain=small"}
 # the columns of the task's rows: of the prompt, of responses that must not be empty, other responses
 COLUMNS = {
     "sft": ("input", ["output"], []),
@@ -34,14 +32,6 @@ COLUMNS = {
     "generate": ("prompt", [], []),
     "rm": ("input", [], ["output"]),  # a response may be empty: the policy said nothing, and that has a reward
 }
-
-
-def cases(values, *names):
-    """Parameters of a test; those of which a name is in NOT_YET must fail."""
-    for value in values:
-        bad = NOT_YET & {name(value) for name in names}
-        marks = [pytest.mark.xfail(strict=True, reason="the scripts do not stop there in words yet")] if bad else []
-        yield pytest.param(value, marks=marks)
 
 
 class Accepted(BaseException):
@@ -250,7 +240,7 @@ def test_pairs_without_a_difference(kind, capfd):
     assert_stops(capfd, [rf"rows\.{kind}", "chosen and rejected are the same"], "dpo", dataset=path)
 
 
-@pytest.mark.parametrize("task", cases(["sft", "kd", "dpo", "rm"], lambda task: "None as text"))
+@pytest.mark.parametrize("task", ["sft", "kd", "dpo", "rm"])
 def test_none_is_no_text(task, capfd):
     """Two columns that make up a prompt: an absent one is never the word None."""
     row = {"instruction": "red", "input": "river", "output": "old"}
@@ -296,7 +286,7 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("name", cases(CHATS, lambda name: name.replace(" ", "_")))
+@pytest.mark.parametrize("name", CHATS)
 @pytest.mark.parametrize("task", ["sft", "kd", "kto"])
 def test_bad_conversation(name, task, capfd):
     messages, flags, reason = CHATS[name]
@@ -353,7 +343,7 @@ def bad_files():
 BAD_FILES = {name: rest for name, *rest in bad_files()}
 
 
-@pytest.mark.parametrize("name", cases(BAD_FILES, str))
+@pytest.mark.parametrize("name", BAD_FILES)
 @pytest.mark.parametrize("task", TASKS)
 def test_bad_file(name, task, capfd):
     content, needles = BAD_FILES[name]
@@ -443,15 +433,11 @@ FLAGS = [  # tasks, flags, patterns
 FLAGS = [(task, *rest) for names, *rest in FLAGS for task in (TASKS if names == "all" else names.split())]
 
 
-def flag_name(case):
-    return next(iter(case[1]))
-
-
 def flag_and_value(case):
     return "=".join(map(str, next(iter(case[1].items()))))
 
 
-@pytest.mark.parametrize("case", cases(FLAGS, flag_name, flag_and_value), ids=lambda c: f"{c[0]}-{flag_and_value(c)}")
+@pytest.mark.parametrize("case", FLAGS, ids=lambda c: f"{c[0]}-{flag_and_value(c)}")
 def test_bad_flag(case, capfd):
     task, flags, needles = case
     write_table("rows.jsonl", make_good(task))
