@@ -967,7 +967,7 @@ BAD_INPUT = {
         ["prompt >= max_len", "jsonl:10"],
     ),
     "null": ({}, GOOD + '{"input": null, "output": "x"}\n', ["1 dropped", "not text", "rows.jsonl:2"]),
-    "not UTF-8": ({}, b'{"input": "caf\xe9", "output": "x"}\n', ["rows.jsonl", "utf-8"]),
+    "not UTF-8": ({}, b'{"input": "caf\xe9", "output": "x"}\n', ["rows.jsonl:1", "not UTF-8"]),
     "no chat template": ({"pretrain": "plain"}, json.dumps({"messages": CHAT}) + "\n", ["chat"]),
     "no assistant turn": ({}, json.dumps({"messages": CHAT[:1]}) + "\n", ["no assistant turn"]),
     "assistant begins": ({}, json.dumps({"messages": CHAT[1:2]}) + "\n", ["no assistant turn"]),
