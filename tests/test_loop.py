@@ -11,8 +11,8 @@ import pytest
 from conftest import make_model, make_tokenizer, write_rows
 
 REPO = Path(__file__).resolve().parents[1]
-FLAGS = {  # what iterate.sh itself sets for the toy
-    "GENERATE_FLAGS": "--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64",
+FLAGS = {  # what iterate.sh itself sets for the toy, with Hugging Face
+    "GENERATE_FLAGS": "--eval_task generate --input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64",
     "RM_FLAGS": "--no-bf16 --max_len 160",
     "TRAIN_FLAGS": "--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 --learning_rate 1e-3",
     "ROLLOUT_BATCH_SIZE": "256",
@@ -36,7 +36,7 @@ def read(path):
 def iterate(**settings):
     """Runs iterate.sh to its end; its report, one object per iteration."""
     environment = {**os.environ, **settings, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", str(REPO / "iterate.sh")], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(["bash", str(REPO / "iterate.sh")], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads((Path(settings["OUT"]) / "report.json").read_text())
 
