@@ -625,7 +625,7 @@ class LogProbs(nn.Module):
     again in the backward pass: nothing of size tokens x vocabulary exists.
     """
 
-    CHUNK_BYTES = 2**26  # of one chunk's fp32 logits
+    CHUNK_BYTES = 2**28 if torch.cuda.is_available() else 2**26  # of one chunk's fp32 logits
 
     def __init__(self, model):
         super().__init__()
@@ -1037,6 +1037,14 @@ def load_model(path, args):
     return model
 
 
+def grad_norm(gradients, _):
+    """The norm of all ranks' gradients. DeepSpeed's own copies the whole gradient of an embedding to fp64."""
+    parts = [part for gradient in gradients for part in gradient.flatten().split(2**22)]
+    total = torch.stack([torch.linalg.vector_norm(part, dtype=torch.double) for part in parts]).square().sum()
+    dist.all_reduce(total)
+    return total.sqrt().float()
+
+
 def start_engine(args, wrapper):
     """The model, wrapped in LogProbs or a class like it, and its optimiser under DeepSpeed: engine(pack)."""
     config = deepspeed_config(args, model_config(args).get_text_config().hidden_size)
@@ -1060,25 +1068,30 @@ def start_engine(args, wrapper):
     groups = [{"params": matrices, "weight_decay": args.l2}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
-    return deepspeed.initialize(model=wrapper(model), optimizer=optimizer, config=config)[0]
+    engine = deepspeed.initialize(model=wrapper(model), optimizer=optimizer, config=config)[0]
+    if args.zero_stage < 3:
+        engine.optimizer.get_grad_norm_direct = grad_norm
+    return engine
 
 
 @torch.no_grad()
-def check_attention(engine, args):
+def check_attention(engine, device, args):
     """Stops unless a tree's log-probs equal those of the model's own eager attention on each branch alone."""
-    model = engine.module.model.get_base_model() if args.lora_rank else engine.module.model
+    wrapper = getattr(engine, "module", engine)
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     ids = (np.arange(40, dtype=np.int32) * 7919 + 11) % model.config.get_text_config().vocab_size
     prompt, branches = ids[:16], [ids[16:27], ids[27:]]
     tree = {"prompt": prompt, "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
+    training = wrapper.training
     engine.eval()
-    found, worst = engine.module(pack_trees([tree], engine.device)).split(list(map(len, branches))), 0.0
+    found, worst = wrapper(pack_trees([tree], device)).split(list(map(len, branches))), 0.0
     model.set_attn_implementation("eager")
     for branch, logps in zip(branches, found, strict=True):
-        row = torch.from_numpy(np.r_[prompt, branch]).long().to(engine.device)
+        row = torch.from_numpy(np.r_[prompt, branch]).long().to(device)
         alone = model(input_ids=row[None], use_cache=False).logits[0, 15:-1].float().log_softmax(-1)
         worst = max(worst, (alone.gather(1, row[16:, None])[:, 0] - logps).abs().mean().item())
     model.set_attn_implementation("tree")
-    engine.train()
+    engine.train(training)
     if not worst < (0.05 if args.bf16 else 1e-4):
         die(f"{type(model).__name__} is not supported: tree attention is off by {worst:.2g} nats per token")
 
@@ -1089,7 +1102,9 @@ def frozen_model(path, args, device, offload, wrapper=LogProbs):
     offload: the shards stay in CPU memory.
     """
     if args.zero_stage < 3:
-        return wrapper(load_model(path, args)).to(device).eval()
+        engine = wrapper(load_model(path, args)).to(device).eval()
+        check_attention(engine, device, args)
+        return engine
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     config = deepspeed_config(args, config.get_text_config().hidden_size)
     config["zero_optimization"].pop("offload_optimizer", None)
@@ -1100,6 +1115,7 @@ def frozen_model(path, args, device, offload, wrapper=LogProbs):
     del partition_at_load
     engine = deepspeed.initialize(model=wrapper(model), config=config)[0]
     engine.eval()
+    check_attention(engine, device, args)
     return engine
 
 
@@ -1429,7 +1445,7 @@ def main(args):
     reference_logps(trees + eval_trees, args.ref_pretrain or args.pretrain, reference, args, device)
     engine = start_engine(args, LogProbs)
     # --- end algorithm
-    check_attention(engine, args)
+    check_attention(engine, device, args)
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step}")
     log = open_log(args, start_step) if rank == 0 and not args.dry_run else None
@@ -1461,8 +1477,9 @@ def main(args):
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, total_steps)
             metrics = run_batch(engine, batch, make_loss(batch), args, train=True)
-            engine.step()
-            metrics["grad_norm"] = float(engine.get_global_grad_norm())
+            if all(map(math.isfinite, metrics.values())):
+                engine.step()
+                metrics["grad_norm"] = float(engine.get_global_grad_norm())
             if not all(map(math.isfinite, metrics.values())):
                 stop_not_finite(step, metrics, batch, args)
             seconds = time.time() - tick

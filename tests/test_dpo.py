@@ -308,12 +308,70 @@ def test_tree_equals_separate_forwards(family, tmp_path):
     assert (separate - torch.stack(eager)).abs().max() <= 1e-5
 
 
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """torch.nn.attention.varlen.varlen_attn, in plain torch: the last query of a segment is level with its last key."""
+    out = []
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
+        n_q, n_k = q1 - q0, k1 - k0
+        assert n_q <= max_q and n_k <= max_k and enable_gqa and window_size[1] == 0
+        distance = torch.arange(n_q)[:, None] + n_k - n_q - torch.arange(n_k)
+        mask = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        heads = [x.transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
+        out.append(F.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral"])
+def test_branch_for_gpus_equals_the_one_for_cpus(family, tmp_path, monkeypatch):
+    """What only runs on a GPU, made to run here: its gathered keys and its one varlen call, with that call in plain torch."""
+    source = (REPO / "dpo.py").read_text()
+    for condition in ('torch.device(device).type == "cuda"', "query.is_cuda and query.dtype != torch.float32"):
+        assert source.count(condition) == 1
+        source = source.replace(condition, "True")
+    (tmp_path / "on_gpu.py").write_text(source)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    folder, rng = save_family(family, tmp_path / "model", **FAMILIES[family]), np.random.default_rng(0)
+    trees = [tree(*(rng.integers(3, 90, n).tolist() for n in sizes)) for sizes in ((20, 9, 14), (3, 12, 1, 6))]
+    found = []
+    for script in (dpo, load_script(str(tmp_path / "on_gpu"))):
+        model = script.LogProbs(script.load_model(folder, script.Args(pretrain=folder, bf16=False))).eval()
+        logps = model(script.pack_trees(trees, "cpu"))
+        gradients = torch.autograd.grad(logps.square().sum(), list(model.parameters()))
+        found.append(torch.cat([logps, *(g.flatten() for g in gradients)]))
+    dpo.load_model(folder, dpo.Args(pretrain=folder, bf16=False))  # registers its own attention again
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[0].abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral"])
+def test_on_a_gpu_in_bf16(family, tmp_path):
+    """The varlen path in bf16 and the CPU's path in fp32: within 0.05 nats per token, the bound of the start-up check."""
+    folder, rng = save_family(family, tmp_path / "model", **FAMILIES[family]), np.random.default_rng(0)
+    trees = [tree(*(rng.integers(3, 90, n).tolist() for n in sizes)) for sizes in ((20, 9, 14), (3, 12, 1, 6))]
+    found = []
+    for device, bf16 in (("cpu", False), ("cuda", True)):
+        args = dpo.Args(pretrain=folder, bf16=bf16)
+        model = dpo.LogProbs(dpo.load_model(folder, args)).to(device).eval()
+        with torch.no_grad():
+            found.append(model(dpo.pack_trees(trees, device)).cpu())
+    assert (found[0] - found[1]).abs().mean() < 0.05
+
+
 def test_attention_sinks_stop_with_a_clear_error(tmp_path, capfd):
     folder = save_family("GptOss", tmp_path / "model", head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     ours = dpo.LogProbs(dpo.load_model(folder, dpo.Args(pretrain=folder, bf16=False)))
     with pytest.raises(SystemExit), torch.no_grad():
         ours(dpo.pack_trees([tree([5, 6], [7, 8], [9])], "cpu"))
     assert "GptOssAttention needs s_aux" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_wrong_attention_stops_before_the_reference_pass(zero_stage, run, tmp_path, monkeypatch, capsys):
+    attention = dpo.tree_attention
+    monkeypatch.setattr(dpo, "tree_attention", lambda *x, scaling, **k: attention(*x, scaling=1.5 * scaling, **k))
+    assert run(zero_stage=zero_stage, cache_dir=str(tmp_path / "cache")) == 2
+    out, err = capsys.readouterr()
+    assert "error: Qwen2ForCausalLM is not supported: tree attention is off by" in err and "reference:" not in out
 
 
 # --- the losses of a batch: formulas, TRL

@@ -120,7 +120,7 @@ def module_level(scripts):
 
 
 # The aim is 900; what is above it are features (exact resume, LoRA, chat templates, ...) that nothing smaller gave.
-MAX_LINES = {"sft.py": 1260, "dpo.py": 1530, "kto.py": 1465, "kd.py": 1515, "batch_infer.py": 1640}
+MAX_LINES = {"sft.py": 1275, "dpo.py": 1550, "kto.py": 1480, "kd.py": 1530, "batch_infer.py": 1640}
 
 
 def sizes(scripts):

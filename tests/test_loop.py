@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_model, make_tokenizer, write_rows
+from launch import load_script
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
+toy = load_script("examples/toy")
 FLAGS = {  # what iterate.sh itself sets for the toy, with Hugging Face
     "GENERATE_FLAGS": "--eval_task generate --input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64",
     "RM_FLAGS": "--no-bf16 --max_len 160",
@@ -132,26 +136,32 @@ def test_raft_on_arithmetic_with_a_python_reward(tmp_path):
 
 
 def test_kto_weights_restore_what_rare_desirable_rows_cost(raft, tmp_path):
-    """With one desirable row in six and weight 5 (n_D w_D = n_U w_U) the reward gains at least half of what balanced data
-    gain (measured in three draws: 57 %, 86 %, 83 %; without the weight 22 %, 57 %, 53 %)."""
-    toy, scored = raft[0] / "toy", read(raft[0] / "iter_0/scored.jsonl")
-    rng, means = random.Random(0), {"start": sum(row["reward"] for row in scored) / len(scored)}
-    rng.shuffle(scored)
-    good, bad = ([row for row in scored if (row["reward"] > 0) == label] for label in (True, False))
-    cases = {"balanced": (250, 250, 1), "rare": (100, 500, 1), "weighted": (100, 500, 5)}
-    for name, (n_good, n_bad, weight) in cases.items():
-        rows = good[:n_good] + bad[:n_bad]
-        rows = [{"prompt": r["input"], "completion": r["output"], "label": r["reward"] > 0} for r in rows]
-        data, model = write_rows(tmp_path / f"{name}.jsonl", rows), tmp_path / name
-        flags = {"learning_rate": 2e-4, "max_epochs": 3, "max_len": 160, "cache_dir": tmp_path / "cache"}
+    """With one desirable row in six and weight 5 (n_D w_D = n_U w_U) the policy gains at least 80 % of what balanced data
+    give it, in reward and in true score (measured in three draws of rows: 95 to 106 %, 97 to 102 %). Without the weight
+    it writes worse texts (true score 0.80, 0.01, 0.02 against 0.92, 0.90, 0.90: twice hardly any text was left)."""
+    folder, rng = raft[0] / "toy", random.Random("kto 1")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    rm = AutoModelForSequenceClassification.from_pretrained(folder / "rm").eval()
+    prompts = [row["prompt"] for row in read(folder / "prompts.jsonl")]
+
+    def measure(path):
+        """Mean reward and mean true score of four samples per prompt."""
+        policy = AutoModelForCausalLM.from_pretrained(path).eval()
+        rows = [row for seed in range(4) for row in toy.sample(policy, tokenizer, prompts, seed)[0]]
+        rewards, scores, _ = toy.compare(rm, tokenizer, rows)
+        return torch.stack([rewards.mean(), scores.mean()])
+
+    texts = {True: [], False: []}
+    for row in (toy.make_row(rng) for _ in range(3000)):
+        score = toy.true_score(row["output"])
+        if score:
+            texts[score > 0].append({"prompt": row["input"], "completion": row["output"], "label": score > 0})
+    gains, start = {}, measure(folder / "policy")
+    for name, n_good, n_bad, weight in (("balanced", 300, 300, 1), ("rare", 100, 500, 1), ("weighted", 100, 500, 5)):
+        data = write_rows(tmp_path / f"{name}.jsonl", texts[True][:n_good] + texts[False][:n_bad])
+        flags = {"learning_rate": 5e-4, "max_epochs": 3, "max_len": 160, "cache_dir": tmp_path / "cache"}
         flags |= {"train_batch_size": 48, "micro_train_batch_size": 48, "desirable_loss_weight": weight}
-        script("kto.py", pretrain=toy / "policy", dataset=data, save_path=model, **flags)
-        flags = {"best_of_n": 4, "max_new_tokens": 64, "prompt_max_len": 64, "output_path": f"{model}.g.jsonl"}
-        flags |= {"eval_task": "generate", "dataset": toy / "prompts.jsonl", "input_key": "prompt"}
-        script("batch_infer.py", pretrain=model, **flags)
-        flags = {"eval_task": "rm", "dataset": f"{model}.g.jsonl", "output_path": f"{model}.s.jsonl"}
-        script("batch_infer.py", pretrain=toy / "rm", **flags)
-        rewards = [row["reward"] for row in read(f"{model}.s.jsonl")]
-        means[name] = sum(rewards) / len(rewards)
-    gains = {name: mean - means["start"] for name, mean in means.items()}
-    assert gains["weighted"] > 0.5 * gains["balanced"] > 0.05 and gains["rare"] < gains["weighted"] - 0.03, gains
+        script("kto.py", pretrain=folder / "policy", dataset=data, save_path=tmp_path / name, **flags)
+        gains[name] = measure(tmp_path / name) - start
+    assert (gains["balanced"] > 0.3).all() and (gains["weighted"] > 0.8 * gains["balanced"]).all(), gains
+    assert gains["rare"][1] < gains["weighted"][1] - 0.05, gains

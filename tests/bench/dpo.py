@@ -2,6 +2,7 @@
 
     python tests/bench/dpo.py --data example_model_solutions.jsonl   # OpenAI's GSM8K model solutions
     PYTHONPATH=SITE_WITH_TRL python tests/bench/dpo.py --data ... --precisions bf16 fp32 --kinds gsm8k
+    python tests/bench/dpo.py --data ... --shape qwen2.5-1.5b --steps 5 --peak_tflops 989     # on an H100 or H200
 
 A problem that has a correct and a wrong solution makes a pair. Two kinds of rows:
 
@@ -14,8 +15,12 @@ Every contender is a process of its own, and they take turns: a noisy machine th
 Rates are medians over all optimiser steps but the first of each process; memory is the largest resident set up
 to the end of the first step, and of the last. The loop and TRL hold policy and reference, and compute the
 reference's log-probs within each step; dpo.py computes them before step 1: "+ ref" counts this pass as well,
-for the pairs of one step. The model is a random Qwen2 of 52M parameters with 32,768 tokens in its vocabulary:
-only speed is compared, not what is learned.
+for the pairs of one step. The model is a random Qwen2 of 52M parameters with 32,768 tokens in its vocabulary, or
+has the shape of a larger one: only speed is compared, not what is learned.
+
+Where there is an NVIDIA GPU all of them run on it, and memory is what PyTorch allocated there. With the GPU's
+--peak_tflops (dense, bf16) a utilisation is printed: 6 x parameters x tokens, over seconds x peak. Tokens are those of
+the pairs without padding; dpo.py reads a prompt once, the others twice.
 """
 
 import argparse
@@ -34,9 +39,15 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 CONTENDERS = {"ours": "dpo.py", "padded": "padded loop", "trl": "TRL DPOTrainer"}
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
-MODEL |= {"num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": True}
-MODEL |= {"vocab_size": 32_768, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+WORDS = 32_768  # tokens of the tokenizer; the larger shapes have more rows in their embedding
+SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
+    "52m": (512, 1408, 12, 8, 4, WORDS),
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151_936),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151_936),
+}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MODEL = {"max_position_embeddings": 2048, "tie_word_embeddings": True}
+MODEL |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 
 
 def train_tokenizer(texts):
@@ -48,7 +59,7 @@ def train_tokenizer(texts):
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     bpe.decoder = decoders.ByteLevel()
-    options = {"vocab_size": MODEL["vocab_size"], "special_tokens": ["<pad>", "<eos>"]}
+    options = {"vocab_size": WORDS, "special_tokens": ["<pad>", "<eos>"]}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False, **options)
     bpe.train_from_iterator(texts, trainer)
@@ -76,7 +87,7 @@ def make_pairs(problems, kind, tokenizer):
     return pairs
 
 
-def prepare(folder, data, kind, n_pairs):
+def prepare(folder, data, kind, n_pairs, shape="52m"):
     """In folder: model/ with its tokenizer, and rows.jsonl, n_pairs of the pairs. Returns what to report."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -85,7 +96,8 @@ def prepare(folder, data, kind, n_pairs):
     solutions = [problem[solver]["solution"] for problem in problems for solver in SOLVERS]
     tokenizer = train_tokenizer([problem["question"] for problem in problems] + solutions)
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**MODEL))
+    sizes = dict(zip((*SIZES, "vocab_size"), SHAPES[shape], strict=True))
+    model = Qwen2ForCausalLM(Qwen2Config(**MODEL, **sizes))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")  # which gives it Qwen2's way to split text
@@ -107,8 +119,19 @@ def cpu_name():
     return f"{names[0] if names else platform.machine()}, {bf16} bf16 instructions"
 
 
+def gpu_name():
+    """Of the GPU that all contenders run on, or None."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def peak_gib():
     """The largest resident set of this process so far; unlike ru_maxrss, none of the process that started it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
@@ -145,8 +168,9 @@ def run_padded(folder, args):
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2)]
-    policy, reference = models
+    policy, reference = (model.to(device) for model in models)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-7)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     pairs = []
@@ -167,18 +191,20 @@ def run_padded(folder, args):
         for first in range(begin, begin + args.batch, args.micro_batch):
             batch = [pairs[i][j] for j in range(2) for i in order[first : first + args.micro_batch]]
             longest = max(len(ids) for ids, _ in batch)
-            input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
-            mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
-            trained = mask * (torch.arange(longest) >= torch.tensor([[n] for _, n in batch]))
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch]).to(device)
+            mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch]).to(device)
+            n_prompts = torch.tensor([[n] for _, n in batch], device=device)
+            trained = mask * (torch.arange(longest, device=device) >= n_prompts)
+            with torch.autocast(device, torch.bfloat16, enabled=args.precision == "bf16"):
                 chosen, rejected = response_logps(policy, input_ids, mask, trained)
                 with torch.no_grad():
                     ref_chosen, ref_rejected = response_logps(reference, input_ids, mask, trained)
             h = (chosen - ref_chosen) - (rejected - ref_rejected)
             (-F.logsigmoid(0.1 * h).mean() / n_micro).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        norm.item()  # waits for a GPU
         result["seconds"].append(time.perf_counter() - started)
         result["peak_gib"].append(peak_gib())
     return result
@@ -198,12 +224,15 @@ def run_trl(folder, args):
             self.started = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             result["seconds"].append(time.perf_counter() - self.started)
             result["peak_gib"].append(peak_gib())
 
     options = {"per_device_train_batch_size": args.micro_batch, "gradient_checkpointing": False}
     options |= {"gradient_accumulation_steps": args.batch // args.micro_batch, "max_length": 1024}
-    options |= {"learning_rate": 5e-7, "num_train_epochs": 1, "disable_tqdm": True, "use_cpu": True}
+    options |= {"learning_rate": 5e-7, "num_train_epochs": 1, "disable_tqdm": True}
+    options |= {"use_cpu": not torch.cuda.is_available()}
     options |= {"bf16": args.precision == "bf16", "report_to": "none", "save_strategy": "no"}
     files = {"data_files": str(folder / "rows.jsonl"), "cache_dir": str(folder / "cache")}
     rows = load_dataset("json", split="train", **files)
@@ -242,8 +271,9 @@ def summarise(runs, batch):
     return {**rates, "best_pairs_per_sec": batch / min(seconds), "steps": len(seconds), **peaks}
 
 
-def print_table(title, results):
+def print_table(title, results, rows, peak_tflops):
     """The results of one kind and precision; speed and memory relative to the padded loop."""
+    length = rows["tokens"]["prompt"] + rows["tokens"]["chosen"] + rows["tokens"]["rejected"]
     print(
         f"\n{title:<18} {'pairs/s':>8} {'+ ref':>7} {'first GiB':>9} {'peak GiB':>8} {'speed':>7} {'memory':>7}"
     )
@@ -254,6 +284,10 @@ def print_table(title, results):
             f"{CONTENDERS[name]:<18} {r['pairs_per_sec']:8.2f} {r['with_reference']:7.2f} "
             f"{r['first_step_gib']:9.2f} {r['peak_gib']:8.2f} {speed:6.2f}x {memory:7.0%}"
         )
+        r["tokens_per_sec"] = r["pairs_per_sec"] * (length + (name != "ours") * rows["tokens"]["prompt"])
+        if peak_tflops:
+            r["utilisation"] = 6 * rows["parameters"] * r["tokens_per_sec"] / (peak_tflops * 1e12)
+            print(f"{'':18} {r['tokens_per_sec']:,.0f} tokens/s, utilisation {r['utilisation']:.1%}")
 
 
 def main():
@@ -269,9 +303,12 @@ def main():
     parser.add_argument(
         "--kinds", nargs="+", default=["long_prompt", "gsm8k"], choices=["long_prompt", "gsm8k"]
     )
+    parser.add_argument("--shape", default="52m", choices=list(SHAPES))
+    parser.add_argument("--peak_tflops", type=float, help="of the GPU, dense bf16: prints the utilisation")
     parser.add_argument("--precisions", nargs="+", default=["bf16"], choices=["bf16", "fp32"])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results/dpo_cpu.json"))
+    place = "gpu" if gpu_name() else "cpu"
+    parser.add_argument("--out", default=str(Path(__file__).parent / f"results/dpo_{place}.json"))
     for name in ("--contender", "--folder", "--precision"):  # of the processes that are started
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -283,11 +320,14 @@ def main():
         print("TRL is not importable: left out", file=sys.stderr)
         args.contenders.remove("trl")
     report = {"date": str(date.today()), "data": Path(args.data).name, "cpu": cpu_name()}
+    report |= {"gpu": gpu_name(), "shape": args.shape}
     report |= {"cores": len(os.sched_getaffinity(0)), "steps": args.steps, "rounds": args.rounds}
     report |= {"batch": args.batch, "micro_batch": args.micro_batch, "kinds": {}}
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as shared:
-            rows = report["kinds"][kind] = prepare(Path(shared), args.data, kind, args.steps * args.batch)
+            rows = report["kinds"][kind] = prepare(
+                Path(shared), args.data, kind, args.steps * args.batch, args.shape
+            )
             rows["results"] = {}
             for precision in args.precisions:
                 runs = {name: [] for name in args.contenders}
@@ -302,7 +342,7 @@ def main():
                             )
                 results = {name: summarise(r, args.batch) for name, r in runs.items() if r}
                 rows["results"][precision] = results
-                print_table(f"{kind} {precision}", results)
+                print_table(f"{kind} {precision}", results, rows, args.peak_tflops)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
