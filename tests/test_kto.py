@@ -120,6 +120,7 @@ def test_z0_and_loss_equal_plain_forwards(tiny, tokenizer, labelled, tmp_path):
     # a reference that is worse than the policy on the mismatched responses makes z0 > 0; one of the two orders does
     for policy, reference in ((tiny, other), (other, tiny)):
         flags = {"pretrain": policy, "ref_pretrain": reference, "dataset": labelled, "max_samples": 20}
+        flags |= {"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5}
         found = run(**flags, cache_dir=str(tmp_path / "c"), save_path=str(tmp_path / f"m-{Path(policy).name}"))[0]
         tok = AutoTokenizer.from_pretrained(tiny)
         rows = [json.loads(line) for line in Path(labelled).read_text().splitlines()][:20]
@@ -139,7 +140,7 @@ def test_z0_and_loss_equal_plain_forwards(tiny, tokenizer, labelled, tmp_path):
         kl, loss = max(0.0, kl), 0.0
         for row in rows:
             x = 0.1 * (ratio(row["prompt"], row["completion"]) - kl) * (1 if row["label"] else -1)
-            loss += (1 - 1 / (1 + math.exp(-x))) / 20
+            loss += (1.5 if row["label"] else 0.5) * (1 - 1 / (1 + math.exp(-x))) / 20
         assert abs(found["kl"] - kl) < 1e-4 * max(1, kl) and abs(found["loss"] - loss) < 1e-5
 
 
