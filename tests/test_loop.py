@@ -136,9 +136,9 @@ def test_raft_on_arithmetic_with_a_python_reward(tmp_path):
 
 
 def test_kto_weights_restore_what_rare_desirable_rows_cost(raft, tmp_path):
-    """With one desirable row in six and weight 5 (n_D w_D = n_U w_U) the policy gains at least 80 % of what balanced data
-    give it, in reward and in true score (measured in three draws of rows: 95 to 106 %, 97 to 102 %). Without the weight
-    it writes worse texts (true score 0.80, 0.01, 0.02 against 0.92, 0.90, 0.90: twice hardly any text was left)."""
+    """With one desirable row in six and weight 5 (n_D w_D = n_U w_U) the policy gains what balanced data give it, within 20 %,
+    in reward and in true score, and the reward is nearer to theirs than without the weight. Four draws of rows and start
+    policies: the reward is off by 1 to 6 % with the weight; without it by 24 and 32 %, or hardly any text was left (twice)."""
     folder, rng = raft[0] / "toy", random.Random("kto 1")
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     rm = AutoModelForSequenceClassification.from_pretrained(folder / "rm").eval()
@@ -163,5 +163,5 @@ def test_kto_weights_restore_what_rare_desirable_rows_cost(raft, tmp_path):
         flags |= {"train_batch_size": 48, "micro_train_batch_size": 48, "desirable_loss_weight": weight}
         script("kto.py", pretrain=folder / "policy", dataset=data, save_path=tmp_path / name, **flags)
         gains[name] = measure(tmp_path / name) - start
-    assert (gains["balanced"] > 0.3).all() and (gains["weighted"] > 0.8 * gains["balanced"]).all(), gains
-    assert gains["rare"][1] < gains["weighted"][1] - 0.05, gains
+    off = {name: (gains[name] / gains["balanced"] - 1).abs() for name in gains}
+    assert (gains["balanced"] > 0.3).all() and (off["weighted"] < 0.2).all() and off["rare"][0] > off["weighted"][0], gains
