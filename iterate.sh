@@ -4,7 +4,7 @@
 #
 #   bash iterate.sh                                  # the toy: a tiny policy, reward model and prompts, no download
 #   POLICY_MODEL_PATH=Qwen/Qwen2.5-0.5B-Instruct RM_MODEL_PATH=./my-rm PROMPT_DATASET=prompts.jsonl NUM_GPUS=8 \
-#   GENERATE_FLAGS="--input_key prompt --apply_chat_template --tp_size 8" TRAIN_FLAGS="--zero_stage 3" bash iterate.sh
+#   GENERATE_FLAGS="--input_key prompt --apply_chat_template --dp_size 8" TRAIN_FLAGS="--zero_stage 3" bash iterate.sh
 #
 # METHOD=raft (arXiv:2304.06767): the best of n samples of each prompt become the rows that sft.py trains on.
 # METHOD=iter_dpo (arXiv:2405.07863): the best against the worst of n samples become the pairs that dpo.py trains on.
@@ -33,7 +33,7 @@ set -euo pipefail
 : "${KL:=1}"                # 0: the report goes without KL divergences, and the models are not run for them
 : "${LOGPS_FLAGS:=}"        # more flags for batch_infer.py when it takes log-probs of samples, for the report's KL
 : "${TRAIN_FLAGS:=}"        # more flags for the trainer
-: "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --tp_size in GENERATE_FLAGS
+: "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --dp_size and --tp_size in GENERATE_FLAGS
 : "${DRY_RUN:=0}"           # 1: print the commands, run nothing
 : "${GENERATE_OUTPUT:=}"    # when set, these three become links to the newest samples, ...
 : "${RM_OUTPUT:=}"          # ... selected rows ...
@@ -121,7 +121,7 @@ split TRAIN_FLAGS "$trainer" && train_flags=("${words[@]}")
 ranks=(python)
 ((NUM_GPUS == 1)) || ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
 for tool in python flock "${ranks[0]}"; do command -v "$tool" >/dev/null || die "$tool is not on PATH"; done
-task=generate_vllm generate=(python) # one process with --tp_size; without vLLM: Hugging Face on all ranks
+task=generate_vllm generate=(python) # one command with --dp_size, --tp_size; without vLLM: Hugging Face on all ranks
 python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || task=generate
 [[ ! " ${generate_flags[*]} " =~ .*--eval_task[=\ ]([a-z_]+) ]] || task=${BASH_REMATCH[1]}
 [[ $task != generate ]] || generate=("${ranks[@]}")
@@ -154,14 +154,25 @@ stop() { # stop NUMBER-OF-SIGNAL: ends the stage and whatever it started; a seco
 trap 'stop 2' INT; trap 'stop 15' TERM; trap 'stop 1' HUP
 
 describe() { # describe COMMAND...: a flag per line; free of launcher and place of OUT; inputs from elsewhere stamped
-  local word line
+  local word line part parts
   while [[ $1 != *.py ]]; do shift; done
   line=${1##*/}
   for word in "${@:2}"; do
-    if [[ $word == --* ]]; then echo "$line"; line=$word; continue; fi
-    line+=" ${word/#"$OUT"\//OUT/}"
-    [[ $word == "$OUT"/* || ! -e $word ]] ||
-      line+=" ($(find -L "$word" -type f -printf '%P %s %T@\n' | sort | cksum))" # names, sizes and times of files
+    if [[ $word == --* ]]; then
+      echo "$line"
+      line=$word
+      [[ $word == *=* ]] || continue
+      word=${word#*=}
+    else
+      line+=" ${word/#"$OUT"\//OUT/}"
+    fi
+    [[ $word != "$OUT"/* && $word == *[[:alnum:]]* ]] || continue
+    IFS=, read -ra parts <<<"$word"
+    for part in "${parts[@]}"; do # a file or folder, FILE.py:NAME=WEIGHT, FOLDER@SUBSET
+      [[ -e $part ]] || part=${part%%[:@]*}
+      [[ ! -e $part ]] ||
+        line+=" ($(find -L "$part" -type f -printf '%P %s %T@\n' | sort | cksum))" # names, sizes and times of files
+    done
   done
   echo "$line"
 }
@@ -209,7 +220,8 @@ train() { # train FOLDER POLICY ROWS FLAGS...: trained on the rows, the policy b
 }
 measure() { # measure FOLDER NAME MODEL: log-probs of the samples under MODEL -> FOLDER/logps_NAME.jsonl, for the report
   stage "$1" "logps_$2" "$1/logps_$2.jsonl" "${ranks[@]}" "$here/batch_infer.py" --eval_task logps --pretrain "$3" \
-    --dataset "$1/generate.jsonl" --output_path "$1/logps_$2.jsonl" "${logps_flags[@]}"
+    --dataset "$1/generate.jsonl" --output_path "$1/logps_$2.jsonl" \
+    --max_len 1000000 --max_drop_ratio 1 --micro_batch_size 4 "${logps_flags[@]}"
 }
 
 extras=()

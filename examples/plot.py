@@ -88,7 +88,8 @@ def divergences(folder):
             rows = read_rows(folder / f"logps_{name}.jsonl")
             logps[name] = np.array([row["logps"] for row in rows], float)
     policy = logps.pop("policy", None)  # null where a sample was too long: NaN
-    return {f"kl_{name}": float(np.nanmean(policy - other)) for name, other in logps.items()}
+    others = {} if policy is None else logps
+    return {f"kl_{name}": float(np.nanmean(policy - other)) for name, other in others.items()}
 
 
 def load_function(spec):
@@ -237,7 +238,7 @@ def main(args):
         result = {kind: number, **measure(rows, ids, score_fn)}
         if kind == "asked":
             data = json.loads((out / "rm.jsonl.meta.json").read_text())["summary"]
-            result["achieved"] = (result["reward"] - data["reward_mean"]) / data["reward_std"]
+            result["achieved"] = (result["reward"] - data["reward_mean"]) / (data["reward_std"] or 1)
         else:
             result |= divergences(out / f"iter_{number}")
         report.append(result)

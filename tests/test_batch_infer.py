@@ -231,6 +231,13 @@ def test_stop_strings(home, samples, tmp_path):
         assert row["finish_reason"] == ("stop" if cut else before["finish_reason"])
 
 
+def test_a_stop_string_that_begins_in_the_prompt_does_not_stop(home, tmp_path):
+    (first, *_) = run(home, "generate", tmp_path / "a.jsonl", greedy_sampling=True)
+    border = first["input"][-3:] + first["output"][:1]
+    (again, *_) = run(home, "generate", tmp_path / "b.jsonl", greedy_sampling=True, stop=(border,))
+    assert len(first["output"]) > 1 and again["output"] == first["output"]
+
+
 def test_room(home, tmp_path):
     """Prompt and sample fit into max_model_len: some samples are cut, for some prompts there is no room."""
     tokenizer, _ = script.load_tokenizer(str(home / "policy"), script.Args("generate", ""))
@@ -483,6 +490,18 @@ def test_rejection_sampling():
     assert best(equal, drop_all_equal=True) == [5, 7]  # a sample alone has nothing to equal
     rows = [{"question": q, "reward": r, "sample": r} for q, r in (("a", 1), ("b", 1), ("a", 2))]
     assert best(rows, keys=("question", None)) == [2, 1]
+
+
+def test_a_prompt_is_all_that_is_asked_and_no_answer():
+    """Alpaca's prompt is in two columns; a conversation holds its answer too."""
+    alpaca = [{"instruction": "Translate.", "input": text, "output": text[0], "reward": 1.0} for text in ("cat", "dog")]
+    alpaca.append({**alpaca[0], "output": "C", "reward": 2.0})
+    assert script.best_samples(alpaca, ("instruction", "output"), script.Args("rm", "", rs_top_k=1)) == [alpaca[2], alpaca[1]]
+    (pair,) = script.best_and_worst(alpaca, ("instruction", "output"), SimpleNamespace(min_margin=0.0))
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Translate.\n\ncat", "C", "c")
+    turns = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}] for text in "abc"]
+    rows = [{"messages": messages, "reward": reward} for messages, reward in zip(turns, (1, 3, 2), strict=True)]
+    assert script.best_samples(rows, ("messages", None), script.Args("rm", "", rs_top_k=1)) == [rows[1]]
 
 
 def test_iterative_dpo_pairs(capsys):
@@ -754,6 +773,8 @@ def test_post_processor_and_scored_path(home, samples, tmp_path):
     summary = json.loads((tmp_path / "best.jsonl.meta.json").read_text())["summary"]
     assert summary["rows"] == 48 and summary["selected"] == 12
     assert summary["reward_mean"] == pytest.approx(np.mean([row["reward"] for row in scored]))
+    later = run(home, "rm", tmp_path / "best.jsonl", post_processor="rs", **flags | {"scored_path": str(tmp_path / "new/all.jsonl")})
+    assert later == best and read(tmp_path / "new/all.jsonl") == scored  # asked for later: not "nothing to do"
 
 
 # --- identity, resume, ranks

@@ -113,14 +113,15 @@ def module_level(scripts):
             constant = isinstance(node, ast.Assign) and re.match(r"[A-Z_0-9]+ = ", code)
             definition = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            allowed = code.startswith(("os.environ.setdefault(", "if __name__ == '__main__':"))
+            blocks = ("if __name__ == '__main__':", "if __name__ == '__mp_main__':")
+            allowed = code.startswith(("os.environ.setdefault(", *blocks))
             if not (constant or definition or docstring or allowed):
                 bad.append(f"{name}:{node.lineno}: runs at import: {code[:60]}")
     return bad
 
 
 # The aim is 900; what is above it are features (exact resume, LoRA, chat templates, ...) that nothing smaller gave.
-MAX_LINES = {"sft.py": 1275, "dpo.py": 1550, "kto.py": 1480, "kd.py": 1530, "batch_infer.py": 1640}
+MAX_LINES = {"sft.py": 1295, "dpo.py": 1570, "kto.py": 1505, "kd.py": 1550, "batch_infer.py": 1670}
 
 
 def sizes(scripts):

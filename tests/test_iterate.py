@@ -134,7 +134,7 @@ def test_order_and_arguments(loop):
     for argv, model, name in ((first, "policy", "first"), (policy, "out/iter_0/model", "policy")):
         assert " ".join(argv).endswith(
             f"--eval_task logps --pretrain {model} --dataset out/iter_1/generate.jsonl"
-            f" --output_path out/iter_1/logps_{name}.jsonl"
+            f" --output_path out/iter_1/logps_{name}.jsonl --max_len 1000000 --max_drop_ratio 1 --micro_batch_size 4"
         )
     assert " ".join(train[1:]) == (
         "--pretrain out/iter_0/model --dataset out/iter_1/rm.jsonl --save_path out/iter_1/model"
@@ -246,6 +246,18 @@ def test_changed_input_file_stops(loop):
     (loop.path / "prompts.jsonl").write_text("{}\n{}\n")
     _, err = loop.run(code=2, TRAINING_ITERS=1)
     assert "generate was another command: was: --dataset prompts.jsonl" in err
+
+
+@pytest.mark.parametrize("word", ["--reward_fn r.py:f", "--reward_fn other.py:g,r.py:f=0.5", "--reward_fn=r.py:f"])
+def test_changed_file_within_a_flag_stops(loop, word):
+    for name in ("r.py", "other.py"):
+        (loop.path / name).write_text("1")
+    loop.run(TRAINING_ITERS=1, RM_FLAGS=word)
+    (loop.path / "new.txt").write_text("")  # a file elsewhere changes nothing
+    loop.run(TRAINING_ITERS=1, RM_FLAGS=word)
+    (loop.path / "r.py").write_text("23")
+    _, err = loop.run(code=2, TRAINING_ITERS=1, RM_FLAGS=word)
+    assert "rm was another command: was: --reward_fn" in err
 
 
 def test_moved_out_and_other_launcher_continue(loop):

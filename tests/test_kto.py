@@ -168,6 +168,10 @@ def test_pairs_become_two_rows(tiny, tmp_path, capsys):
     steps = run(**flags, save_path=str(tmp_path / "m"), cache_dir=str(tmp_path / "c"))
     assert "8 desirable, 8 undesirable" in capsys.readouterr().out and len(steps) == 1
     assert abs(steps[0]["loss"] - 0.5) < 1e-6 and steps[0]["desirable"] == pytest.approx(0.5)
+    rows = [{**row, "chosen_finish_reason": "length", "rejected_finish_reason": "stop"} for row in rows]  # of batch_infer.py
+    flags["dataset"] = write_rows(tmp_path / "pairs.jsonl", rows)
+    run(**flags, save_path=str(tmp_path / "m2"), cache_dir=str(tmp_path / "c"))
+    assert "50% end in EOS" in capsys.readouterr().out  # what was cut is trained without
 
 
 TRL = """

@@ -25,7 +25,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import load_script
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    set_seed,
+)
 
 sft = load_script("sft")
 REPO = Path(__file__).resolve().parents[1]
@@ -542,6 +550,50 @@ def test_stop_tokens_of_the_generation_config(tokenizer, tmp_path, trees_of):
     assert trees_of(rows, pretrain=folder) == [("red", [" old<|system|>"]), ("red", [" old<eos>"])]
 
 
+def test_stop_tokens_of_the_config(tokenizer, tmp_path):
+    """Without generation_config.json what config.json says, as for Hugging Face and vLLM."""
+    model = make_model(tmp_path / "model", tokenizer, eos_token_id=4)
+    (tmp_path / "model/generation_config.json").unlink()
+    assert sft.load_tokenizer(model, sft.Args(pretrain=model))[1] == {1, 4}
+
+
+def test_of_several_chat_templates_the_default_counts(tiny, tokenizer, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    assert sft.load_tokenizer(str(folder), sft.Args(pretrain=str(folder)))[0].chat_template == CHAT_TEMPLATE
+
+
+def test_identity_has_weights_of_any_format_and_the_text_of_a_template(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    prints = []
+    for name in ("pytorch_model.bin", "model-00001-of-00002.safetensors", "tokenizer.model"):
+        for content in ("a", "b"):
+            (tmp_path / name).write_text(content)
+            prints.append(sft.fingerprint(str(tmp_path)))
+    assert len(set(prints)) == 6
+
+
+def test_another_text_in_the_template_file_is_another_run(tiny, tmp_path, capsys):
+    template, rows = tmp_path / "t.jinja", [{"input": "a", "output": "b"}] * 3
+    flags = {"pretrain": tiny, "dataset": write_rows(tmp_path / "rows.jsonl", rows), "apply_chat_template": True}
+    flags |= {"tokenizer_chat_template": str(template), "save_path": str(tmp_path / "out"), "max_steps": 1}
+    template.write_text(CHAT_TEMPLATE)
+    assert run(**flags) == 0
+    template.write_text(CHAT_TEMPLATE.replace("<|", "<||"))
+    assert run(**flags) == 2 and "tokenizer_chat_template was" in capsys.readouterr().err
+
+
+def test_rows_name_their_split(tmp_path):
+    import datasets
+
+    parts = {name: datasets.Dataset.from_list([{"input": name, "output": "y"}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "D"))
+    found = [sft.read_table(str(tmp_path / "D"), split)[0][0] for split in parts]
+    assert found == [f"{tmp_path}/D:train[0]", f"{tmp_path}/D:test[0]"]
+
+
 def test_dataset_probs(tiny, tmp_path, trees_of, monkeypatch):
     """Shares of an epoch that has as many rows as the datasets together."""
     names = [
@@ -592,6 +644,36 @@ def test_saved_model_is_the_trained_one(flags, tied, tokenizer, rows_file, tmp_p
     assert files >= {"config.json", "generation_config.json", "tokenizer.json", "args.json", "metrics.jsonl"}
     assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
     assert json.loads((out / "args.json").read_text())["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gpt2_and_sampling_settings_are_saved(lora_rank, tokenizer, rows_file, tmp_path, monkeypatch):
+    """GPT-2's layers hold their weights transposed; a temperature without do_sample is refused by save_pretrained."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 1}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.1))
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2/generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}')
+    flags = {"pretrain": str(tmp_path / "gpt2"), "dataset": rows_file, "save_path": str(tmp_path / "out"), "max_steps": 3}
+    flags |= {"lora_rank": lora_rank, "learning_rate": 0.05, "eval_dataset": rows_file, "eval_steps": 3, "max_norm": 0}
+    assert run(**flags) == 0
+    steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    before, held_out = steps[0]["eval/loss"], steps[-1]["eval/loss"]
+    again = flags | {"pretrain": str(tmp_path / "out"), "save_path": str(tmp_path / "again"), "learning_rate": 0, "lora_rank": 0}
+    assert run(**again) == 0
+    steps = [json.loads(line) for line in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["eval/loss"] == pytest.approx(held_out, abs=1e-4) and before - held_out > 0.1
+
+
+def test_no_dropout_is_left(tmp_path):
+    """OPT and others call F.dropout with a number of their own."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 90}
+    config = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.5, layerdrop=0.5)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    model = sft.load_model(str(tmp_path / "opt"), sft.Args(pretrain=str(tmp_path / "opt"), bf16=False)).train()
+    pack = sft.pack_trees([tree([5, 6], [7, 8, 9])], "cpu")
+    with torch.no_grad():
+        assert len({sft.LogProbs(model)(pack).sum().item() for _ in range(5)}) == 1
 
 
 def test_rerun_and_other_flags(tiny, rows_file, tmp_path, capsys):
