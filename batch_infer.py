@@ -32,8 +32,8 @@ Commands:
         --post_processor rs --output_path best.jsonl
     python batch_infer.py --eval_task rm --reward_fn examples/rewards/gsm8k.py:correct --dataset g.jsonl ...
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 batch_infer.py ...
-    python batch_infer.py --eval_task generate --pretrain runs/raft/toy/policy --no-bf16 \\
-        --dataset runs/raft/toy/prompts.jsonl --max_new_tokens 64 --output_path g.jsonl          # a smoke run
+    python batch_infer.py --eval_task generate --pretrain runs/toy/toy/policy --no-bf16 \\
+        --dataset runs/toy/toy/prompts.jsonl --max_new_tokens 64 --output_path g.jsonl          # a smoke run
 """
 
 import collections
@@ -816,14 +816,15 @@ def fingerprint(names):
     """Identity of a model or datasets (comma list): sha256 over the contents of the files, or a hub name."""
     if "," in names:
         return ",".join(fingerprint(name) for name in names.split(","))
-    path = Path(names.strip().partition("@")[0])
+    place, _, subset = names.strip().partition("@")
+    path = Path(place)
     if not path.exists():
         return names
     patterns = "**/*"
     if (path / "config.json").exists():  # a model: what decides its outputs
         patterns = "model*.safetensors* pytorch_model*.bin* *config.json tokenizer* *.model *.jinja"
     files = {p for pattern in patterns.split() for p in path.glob(pattern) if p.is_file()} or {path}
-    return hashlib.sha256("".join(sha256_all(sorted(files))).encode()).hexdigest()
+    return hashlib.sha256("".join([*sha256_all(sorted(files)), subset]).encode()).hexdigest()
 
 
 def write_atomic(path, text):
@@ -1407,14 +1408,13 @@ def with_rewards(rows, found, rewards):
 
 
 def by_prompt(rows, keys):
-    """The rows with a reward, grouped by prompt (and id, where they have one)."""
+    """The rows with a reward, grouped by prompt (and id, where they have one); a group may be empty."""
     groups = collections.defaultdict(list)
     for row in rows:
-        if row["reward"] is not None:
-            prompt = read_pair(row, keys)[0]
-            if keys[1] is None and isinstance(prompt, list):  # a conversation: without its answer
-                prompt = row_texts(row, keys, False)[0]
-            groups[json.dumps([row.get("id"), prompt], default=str)].append(row)
+        prompt = read_pair(row, keys)[0]
+        if keys[1] is None and isinstance(prompt, list) and row["reward"] is not None:
+            prompt = row_texts(row, keys, False)[0]  # of a conversation: without its answer
+        groups[json.dumps([row.get("id"), prompt], default=str)] += [row] * (row["reward"] is not None)
     return list(groups.values())
 
 
@@ -1439,17 +1439,23 @@ def best_and_worst(rows, keys, args):
     response_key = keys[1]
     if response_key is None:
         die("--post_processor iter_dpo needs a column of responses, not whole conversations")
-    groups, pairs = by_prompt(rows, keys), []
+    groups, pairs, alike, alone = by_prompt(rows, keys), [], 0, 0
     for group in groups:
+        if len({json.dumps(row[response_key]) for row in group}) < 2:
+            alone += 1
+            continue
         best, worst = (pick(group, key=lambda row: row["reward"]) for pick in (max, min))
         differ = best[response_key] != worst[response_key]
-        if differ and best["reward"] - worst["reward"] > args.min_margin:
+        if not differ or best["reward"] - worst["reward"] <= args.min_margin:
+            alike += 1
+        else:
             pair = {"id": best.get("id"), "prompt": read_pair(best, keys)[0]}
             for name, row in (("chosen", best), ("rejected", worst)):
                 pair |= {name: row[response_key], f"{name}_reward": row["reward"]}
                 pair[f"{name}_finish_reason"] = row.get("finish_reason")
             pairs.append(pair)
-    note(f"pairs  {len(pairs):,} of {len(groups):,} prompts; the others have equal rewards or responses")
+    others = f"{alone:,} without two different responses that have one"
+    note(f"pairs  {len(pairs):,} of {len(groups):,} prompts; {alike:,} with rewards too close, {others}")
     return pairs
 
 
@@ -1485,7 +1491,9 @@ def conditional_rows(rows, keys, args):
 def reward_statistics(rows):
     """(mean, standard deviation) of the rewards there are; None if there are none."""
     rewards = [row["reward"] for row in rows if row.get("reward") is not None]
-    return (float(np.mean(rewards)), float(np.std(rewards))) if rewards else (None, None)
+    if len({*rewards}) < 2:  # np.std of equal numbers is not always 0
+        return (rewards[0], 0.0) if rewards else (None, None)
+    return float(np.mean(rewards)), float(np.std(rewards))
 
 
 POST_PROCESSORS = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}

@@ -198,7 +198,7 @@ class Args:
     eval_split: str = "test"
     """Split of --eval_dataset, where it has splits."""
     eval_steps: int = -1
-    """Evaluate every this many steps; -1 = at step 0 and at the end of each epoch."""
+    """Evaluate every this many steps; -1 = at step 0, at the end of each epoch and of the run."""
     ref_offload: bool = False
     """With --zero_stage 3: the reference's weights are in CPU memory while it computes its log-probs."""
     cache_dir: str = "~/.cache/flatalign"
@@ -216,7 +216,7 @@ class Args:
     max_ckpt_num: int = 3
     """Keep this many checkpoints."""
     dry_run: bool = False
-    """Take the first step, whose batch has the longest example, then end without saving anything."""
+    """Take the first step, whose batch has the longest example, then end; it leaves no more than caches."""
     load_checkpoint: bool = False
     """Accepted for old commands: resuming is automatic."""
     local_rank: int = -1
@@ -755,14 +755,15 @@ def fingerprint(names):
     """Identity of a model or datasets (comma list): sha256 over the contents of the files, or a hub name."""
     if "," in names:
         return ",".join(fingerprint(name) for name in names.split(","))
-    path = Path(names.strip().partition("@")[0])
+    place, _, subset = names.strip().partition("@")
+    path = Path(place)
     if not path.exists():
         return names
     patterns = "**/*"
     if (path / "config.json").exists():  # a model: what decides its outputs
         patterns = "model*.safetensors* pytorch_model*.bin* *config.json tokenizer* *.model *.jinja"
     files = {p for pattern in patterns.split() for p in path.glob(pattern) if p.is_file()} or {path}
-    return hashlib.sha256("".join(sha256_all(sorted(files))).encode()).hexdigest()
+    return hashlib.sha256("".join([*sha256_all(sorted(files)), subset]).encode()).hexdigest()
 
 
 def write_atomic(path, text):
@@ -816,7 +817,9 @@ def identify(args, inputs, world_size):
     free += "teacher_model teacher_offload teacher_cache"
     flags = {name: flags[name] for name in names if name not in free.split()}
     contents = {name: fingerprint(path) for name, path in inputs.items()}
+    in_place = Path(args.save_path).resolve() == Path(args.pretrain).resolve()
     identity = {"script": Path(__file__).name, **flags, **contents, "world_size": world_size}
+    identity["in_place"] = in_place
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
@@ -846,9 +849,11 @@ def open_run(args, identity):
     if (partial / "manifest.json").exists():  # the run had finished, and was killed while it moved into place
         publish(partial, target)
     if (target / "config.json").exists():
-        old, in_place = intact(target) or {}, target.resolve() == Path(args.pretrain).resolve()
-        if in_place and old:  # the model has replaced its own start weights
-            old["weights"] = identity["weights"]
+        old, in_place = intact(target) or {}, identity["in_place"]
+        if in_place and old:  # the model has replaced its own start weights, maybe its reference or teacher
+            names = {"weights": "pretrain", "reference": "ref_pretrain", "teacher": "teacher_model"}
+            paths = {name: Path(getattr(args, names[name]) or "").resolve() for name in names if name in old}
+            old |= {name: identity[name] for name, path in paths.items() if path == target.resolve()}
         if old == identity:
             remove_checkpoints(args, identity)
             if {*partial.glob("*")} <= {partial / "lock"}:  # a kill came in publish's last line
@@ -861,8 +866,13 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
         lock = open(partial / "lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if args.ckpt_path != f"{args.save_path}.ckpt":  # a folder that another run may be told to use too
+            Path(args.ckpt_path).mkdir(parents=True, exist_ok=True)
+            lock = lock, open(Path(args.ckpt_path) / "lock", "w")
+            fcntl.flock(lock[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        die(f"--save_path {target}: another process is writing there")
+        place = f"--ckpt_path {args.ckpt_path}" if isinstance(lock, tuple) else f"--save_path {target}"
+        die(f"{place}: another process is writing there")
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
     for step, folder in checkpoints(args):
@@ -888,7 +898,9 @@ def save_checkpoint(engine, args, step, identity):
         shutil.rmtree(partial.with_suffix(""), ignore_errors=True)  # a damaged one
         os.replace(partial, partial.with_suffix(""))
         os.sync()
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        found = checkpoints(args)
+        newer = sum(number > step for number, _ in found)  # damaged, or the run would have begun there
+        for _, folder in found[:newer] + found[newer + args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -1004,7 +1016,8 @@ def connect(device):
     """Joins the process group."""
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
-    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=False)
+    options = {"verbose": False, "timeout": datetime.timedelta(days=1)}  # rank 0 alone hashes checkpoints
+    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", **options)
 
 
 def deepspeed_config(args, hidden_size):
@@ -1502,7 +1515,8 @@ def main(args):
             metrics["samples_per_sec"] = len(batch) / seconds
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             metrics["peak_mem_gib"] = (peak if device == "cpu" else torch.cuda.max_memory_allocated()) / 2**30
-        evaluates = step % args.eval_steps == 0 if args.eval_steps > 0 else step % steps_per_epoch == 0
+        evaluates = step % (args.eval_steps if args.eval_steps > 0 else steps_per_epoch) == 0
+        evaluates = evaluates or (step == total_steps and args.eval_steps <= 0)
         if eval_trees and evaluates and (metrics or step == 0):
             metrics |= evaluate(engine, eval_trees, make_loss, size, args)
         # --- algorithm: dpo (metrics)

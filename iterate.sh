@@ -119,7 +119,11 @@ split LOGPS_FLAGS batch_infer.py && logps_flags=("${words[@]}")
 split TRAIN_FLAGS "$trainer" && train_flags=("${words[@]}")
 [[ $METHOD != distill ]] || train_flags=(--kd_loss reverse_kl --kd_coef 1 "${train_flags[@]}")
 ranks=(python)
-((NUM_GPUS == 1)) || ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+if ((NUM_GPUS > 1)); then
+  ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}" # --num_gpus would ignore it
+  ((${#gpus[@]} == 0)) || ranks[1]=--include ranks[2]=localhost:$(IFS=,; echo "${gpus[*]:0:NUM_GPUS}")
+fi
 for tool in python flock "${ranks[0]}"; do command -v "$tool" >/dev/null || die "$tool is not on PATH"; done
 task=generate_vllm generate=(python) # one command with --dp_size, --tp_size; without vLLM: Hugging Face on all ranks
 python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || task=generate
@@ -161,17 +165,19 @@ describe() { # describe COMMAND...: a flag per line; free of launcher and place 
     if [[ $word == --* ]]; then
       echo "$line"
       line=$word
+      [[ $word != --use[_-]wandb=* ]] || line=--use_wandb # a key is a secret
       [[ $word == *=* ]] || continue
       word=${word#*=}
     else
       line+=" ${word/#"$OUT"\//OUT/}"
     fi
+    [[ $line != --use[_-]wandb* ]] || { line=--use_wandb; continue; }
     [[ $word != "$OUT"/* && $word == *[[:alnum:]]* ]] || continue
     IFS=, read -ra parts <<<"$word"
     for part in "${parts[@]}"; do # a file or folder, FILE.py:NAME=WEIGHT, FOLDER@SUBSET
       [[ -e $part ]] || part=${part%%[:@]*}
       [[ ! -e $part ]] ||
-        line+=" ($(find -L "$part" -type f -printf '%P %s %T@\n' | sort | cksum))" # names, sizes and times of files
+        line+=" ($(find -L "$part" -samefile "$OUT" -prune -o -type f -printf '%P %s %T@\n' | sort | cksum))"
     done
   done
   echo "$line"

@@ -15,6 +15,8 @@ samples were asked for a reward. Writes OUT/samples.md, OUT/report.png and OUT/r
     length_correlation  of reward and length over all samples: near 1, the reward model pays for length
     finished            share of answers that ended by themselves; the others ran into --max_new_tokens
     distinct_2          different pairs of neighbouring tokens / all pairs: low when it repeats itself
+    all_right           prompts whose n rewards are all the highest one that occurs (1, if it checks)
+    all_wrong           prompts whose n rewards are all the lowest one that occurs
     all_equal           prompts whose n rewards are all the same, so that nothing can be chosen
     prompts, samples, unscored   counts; unscored samples (reward null) are in no mean of rewards
 """
@@ -135,6 +137,8 @@ def measure(rows, ids, score_fn):
         "length_correlation": float(np.corrcoef(rewards, lengths)[0, 1]) if varied else None,
         "finished": float(np.mean([row["finish_reason"] == "stop" for row in rows])),
         "distinct_2": len(set(pairs)) / len(pairs) if pairs else None,
+        "all_right": sum(bool(min(g) == rewards.max()) for g in groups.values()),
+        "all_wrong": sum(bool(max(g) == rewards.min()) for g in groups.values()),
         "all_equal": sum(len(g) > 1 and min(g) == max(g) for g in groups.values()),
         "prompts": len({row["id"] for row in rows}),
         "samples": len(rows),

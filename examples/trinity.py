@@ -344,7 +344,9 @@ def launcher(s, num_processes):
         print(f"notice cluster: {n or 1} process(es); {gpus} GPUs are here. The result does not depend on it")
     if n > 1:
         s.add("trainer.trainer_strategy", "zero_stage", 3)
-    return ["deepspeed", "--num_gpus", str(n)] if n else ["python"]
+    visible = ",".join(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:n])  # --num_gpus ignores it
+    which = ["--include", f"localhost:{visible}"] if visible else ["--num_gpus", str(n)]
+    return ["deepspeed", *which] if n else ["python"]
 
 
 def monitor(s):

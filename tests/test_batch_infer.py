@@ -690,6 +690,10 @@ def test_csft_trains_on_the_prompt_that_csft_prompt_asks_with(home, tmp_path, ki
             assert ids[: len(seen.ids)].tolist() == seen.ids
 
 
+def test_equal_rewards_have_no_spread():
+    assert script.reward_statistics([{"reward": 0.1}] * 3) == (0.1, 0.0)  # np.std: 1e-17
+
+
 def test_csft_rewards_never_give_nan():
     row = {"input": "Q", "output": "A", "reward": 2.0}
     for rewards in ([2.0], [2.0, 2.0], [2.0, None]):

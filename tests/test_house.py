@@ -121,7 +121,7 @@ def module_level(scripts):
 
 
 # The aim is 900; what is above it are features (exact resume, LoRA, chat templates, ...) that nothing smaller gave.
-MAX_LINES = {"sft.py": 1295, "dpo.py": 1570, "kto.py": 1505, "kd.py": 1550, "batch_infer.py": 1670}
+MAX_LINES = {"sft.py": 1305, "dpo.py": 1575, "kto.py": 1515, "kd.py": 1565, "batch_infer.py": 1680}
 
 
 def sizes(scripts):

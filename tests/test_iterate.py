@@ -27,6 +27,7 @@ STUB = '''
     max_len: int
     temperature: float
     learning_rate: float
+    use_wandb: str
     reward_fn: str
     train_batch_size: int
     micro_train_batch_size: int
@@ -260,6 +261,23 @@ def test_changed_file_within_a_flag_stops(loop, word):
     assert "rm was another command: was: --reward_fn" in err
 
 
+@pytest.mark.parametrize("form", ["--use_wandb KEY", "--use_wandb=KEY", "--use-wandb KEY"])
+def test_a_key_is_written_nowhere(loop, form):
+    flags = f"{form} --learning_rate 1"
+    loop.run(TRAINING_ITERS=1, TRAIN_FLAGS=flags.replace("KEY", "SECRET"))
+    loop.calls()
+    files = [path for path in (loop.path / "out").rglob("*") if path.is_file()]
+    assert not any("SECRET" in path.read_text() for path in files)
+    loop.run(TRAINING_ITERS=1, TRAIN_FLAGS=flags.replace("KEY", "OTHER"))  # a new key is no new run
+    _, err = loop.run(code=2, TRAINING_ITERS=1, TRAIN_FLAGS=flags.replace("KEY", "OTHER").replace("1", "2"))
+    assert "was: --learning_rate 1 now: --learning_rate 2" in err and "OTHER" not in err
+
+
+def test_out_within_an_input_continues(loop):
+    loop.run(TRAINING_ITERS=1, OUT="policy/out")
+    loop.run(TRAINING_ITERS=1, OUT="policy/out")
+
+
 def test_moved_out_and_other_launcher_continue(loop):
     loop.run(TRAINING_ITERS=1)
     loop.calls()
@@ -339,6 +357,8 @@ def test_dry_run_prints_commands_and_runs_nothing(loop):
     assert loop.calls() == [] and not (loop.path / "out").exists()
     out, _ = loop.run(**settings, GENERATE_FLAGS="--eval_task generate")
     assert out.startswith("deepspeed --num_gpus 2 ./batch_infer.py --eval_task generate ")
+    out, _ = loop.run(**settings, GENERATE_FLAGS="--eval_task generate", CUDA_VISIBLE_DEVICES="4,5,6")
+    assert out.startswith("deepspeed --include localhost:4\\,5 ./batch_infer.py ")
 
 
 def test_links_to_the_newest(loop):

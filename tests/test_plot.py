@@ -48,6 +48,7 @@ def test_numbers(tmp_path):
     covariance = sum((r - means[0]) * (n - means[1]) for r, n in zip(rewards, lengths))
     scale = math.sqrt(sum((r - means[0]) ** 2 for r in rewards) * sum((n - means[1]) ** 2 for n in lengths))
     assert result["length_correlation"] == pytest.approx(covariance / scale)
+    assert (result["all_right"], result["all_wrong"]) == (1, 0)
     assert (result["all_equal"], result["prompts"], result["samples"], result["unscored"]) == (1, 3, 6, 1)
 
 

@@ -1,6 +1,7 @@
 """sft.py against plain torch and Hugging Face's own loss, values computed by hand, kills and bad input."""
 
 import copy
+import fcntl
 import gc
 import itertools
 import json
@@ -573,6 +574,9 @@ def test_identity_has_weights_of_any_format_and_the_text_of_a_template(tmp_path)
             (tmp_path / name).write_text(content)
             prints.append(sft.fingerprint(str(tmp_path)))
     assert len(set(prints)) == 6
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").write_text("{}")
+    assert len({sft.fingerprint(f"{tmp_path}/rows{subset}") for subset in ("", "@a", "@b")}) == 3
 
 
 def test_another_text_in_the_template_file_is_another_run(tiny, tmp_path, capsys):
@@ -708,6 +712,10 @@ def test_in_place(tokenizer, rows_file, tmp_path, capsys):
     assert len(set(weights)) == 3
     assert run(dataset=rows, **flags) == 0 and "done" in capsys.readouterr().out
     assert weights_of(model) == weights[-1]
+    out = str(tmp_path / "out")  # made from another model, then trained on the same rows a second time
+    assert run(dataset=rows, **{**flags, "save_path": out}) == 0
+    once = weights_of(out)
+    assert run(dataset=rows, **{**flags, "save_path": out, "pretrain": out}) == 0 and weights_of(out) != once
 
 
 def die_after(n_moves, monkeypatch):
@@ -781,6 +789,16 @@ def test_two_runs_never_write_to_one_folder(tiny, rows_file, tmp_path, capsys):
 # --- resuming
 
 
+def test_one_run_at_a_time_in_a_ckpt_path(tiny, rows_file, tmp_path, capsys):
+    folder = tmp_path / "ck"
+    folder.mkdir()
+    flags = {"pretrain": tiny, "dataset": rows_file, "save_path": str(tmp_path / "out"), "ckpt_path": str(folder)}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(**flags) == 2 and f"--ckpt_path {folder}: another process" in capsys.readouterr().err
+    assert run(**flags) == 0
+
+
 def kill_at(step, monkeypatch):
     """From now on, a run dies at the end of that step, when its metrics are logged; None: no more."""
     console_line = kill_at.real = getattr(kill_at, "real", sft.console_line)
@@ -846,6 +864,19 @@ def test_checkpoints_damaged_or_of_another_run(tiny, rows_file, tmp_path, monkey
     assert "step_5 is damaged" in out and "step_4 is damaged" in out
     assert f"resume {checkpoints / 'step_3'}" in out
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
+def test_a_damaged_newer_checkpoint_does_not_cost_the_new_one(tiny, rows_file, tmp_path, monkeypatch):
+    """With --max_ckpt_num 1: the damaged one is removed, not the one just written."""
+    flags = {"pretrain": tiny, "dataset": rows_file, "save_path": str(tmp_path / "out"), "save_steps": 1}
+    flags |= {"max_ckpt_num": 1, "train_batch_size": 10}
+    kill_at(3, monkeypatch)
+    assert run(**flags) == "killed"
+    (step_2,) = (tmp_path / "out.ckpt").glob("step_*")
+    (step_2 / "manifest.json").write_text("{}")
+    kill_at(2, monkeypatch)
+    assert run(**flags) == "killed"
+    assert [p.name for p in (tmp_path / "out.ckpt").glob("step_*")] == ["step_1"]
 
 
 def kill_tree(process):
