@@ -778,7 +778,7 @@ def test_killed_while_it_moves_into_place(in_place, tokenizer, rows_file, tmp_pa
 
 def test_two_runs_never_write_to_one_folder(tiny, rows_file, tmp_path, capsys):
     flags = {"pretrain": tiny, "dataset": rows_file, "save_path": str(tmp_path / "out")}
-    args = sft.Args(**{**SETTINGS, **flags}, ckpt_path=str(tmp_path / "none"))
+    args = sft.Args(**{**SETTINGS, **flags}, ckpt_path=str(tmp_path / "out.ckpt"))
     step, lock = sft.open_run(args, {})
     assert step == 0 and run(**flags) == 2
     assert "another process is writing there" in capsys.readouterr().err
