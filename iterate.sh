@@ -122,6 +122,7 @@ ranks=(python)
 if ((NUM_GPUS > 1)); then
   ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}" # --num_gpus would ignore it
+  ((${#gpus[@]} == 0 || ${#gpus[@]} >= NUM_GPUS)) || die "NUM_GPUS=$NUM_GPUS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
   ((${#gpus[@]} == 0)) || ranks[1]=--include ranks[2]=localhost:$(IFS=,; echo "${gpus[*]:0:NUM_GPUS}")
 fi
 for tool in python flock "${ranks[0]}"; do command -v "$tool" >/dev/null || die "$tool is not on PATH"; done

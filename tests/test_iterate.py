@@ -359,6 +359,8 @@ def test_dry_run_prints_commands_and_runs_nothing(loop):
     assert out.startswith("deepspeed --num_gpus 2 ./batch_infer.py --eval_task generate ")
     out, _ = loop.run(**settings, GENERATE_FLAGS="--eval_task generate", CUDA_VISIBLE_DEVICES="4,5,6")
     assert out.startswith("deepspeed --include localhost:4\\,5 ./batch_infer.py ")
+    _, err = loop.run(code=2, **settings, CUDA_VISIBLE_DEVICES="4")
+    assert err == "error: NUM_GPUS=2, but CUDA_VISIBLE_DEVICES=4\n"
 
 
 def test_links_to_the_newest(loop):
