@@ -1,6 +1,6 @@
 """Runs a script's main() for several configurations in one process group, as starting Python costs ten seconds.
 
-torchrun --nproc_per_node 2 tests/launch.py SCRIPT CONFIGS.json
+    torchrun --nproc_per_node 2 tests/launch.py SCRIPT CONFIGS.json
 """
 
 import importlib.util
