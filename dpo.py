@@ -390,7 +390,7 @@ def encode_row(row, keys, tokenizer, args):
     n_prompt = differ[0] if len(differ) else limit
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
-    return [{"input_ids": ids, "trained": trained, "ends": [n_prompt, len(chosen), len(ids)]}]
+    return {"input_ids": ids, "trained": trained, "ends": [n_prompt, len(chosen), len(ids)]}
 
 
 def choose_keys(name, row, args):
@@ -405,24 +405,22 @@ def choose_keys(name, row, args):
 
 
 def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
-    """Yields the examples of each row of the spans [(first, last)]: for one that cannot be used, a reason.
+    """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
     """
     for first, last in spans:
         for i in range(first, last):
-            reason = ""
+            example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
+            example["reason"] = ""
             try:
-                examples = encode_row(rows[i], keys, tokenizer, args)
-                if max(max(example["input_ids"]) for example in examples) >= vocab_size:
+                example |= encode_row(rows[i], keys, tokenizer, args)
+                if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
-                reason = str(e).partition("\n")[0][:200] or type(e).__name__
-                examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
-            for example in examples:
-                example |= {"where": f"{name}:{i + 1}", "reason": reason}
-                example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
-                yield example
+                example["reason"] = str(e).partition("\n")[0][:200] or type(e).__name__
+            length = 0 if example["reason"] else len(example["input_ids"])
+            yield example | {"length": length, "n_trained": int(sum(example["trained"]))}
 
 
 def stamp(path):
@@ -1069,14 +1067,10 @@ def write_values(file, engine, fetch_fn, n_trained, pack_fn, args):
     if rank == 0:
         output.flush()
         os.replace(partial, file)
-    dist.barrier()
-
-
-def free_weights(engine):
-    """DeepSpeed keeps a ZeRO-3 model alive: at least not its weights."""
     for p in engine.parameters():
-        if hasattr(p, "ds_tensor"):
+        if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
             p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+    dist.barrier()
 
 
 def reference_logps(tables, args, device):
@@ -1088,12 +1082,10 @@ def reference_logps(tables, args, device):
         file, found = cache_file("logps", [table._fingerprint, path, stamp(path), args.bf16], args)
         if not found and engine is None:
             engine = start_frozen(path, args, device, args.ref_offload)
-            check_tree(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the policy's alone
+            check_tree(engine, args)
         if not found:
             write_values(file, engine, functools.partial(fetch, table), n_trained, pack_trees, args)
         references[table._fingerprint] = PerToken(file, n_trained)
-    if engine is not None:
-        free_weights(engine)
     return references
 
 
