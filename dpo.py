@@ -179,6 +179,7 @@ FEATURES = Features(  # the columns of an encoded row
     trained=List(Value("bool")),  # is the token part of the loss?
     length=Value("int32"),  # tokens fed; 0: the row cannot be used
     n_trained=Value("int32"),
+    n_chosen=Value("int32"),  # trained tokens of the chosen response
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
@@ -390,7 +391,8 @@ def encode_row(row, keys, tokenizer, args):
     n_prompt = differ[0] if len(differ) else limit
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
-    return {"input_ids": ids, "trained": trained, "ends": [n_prompt, len(chosen), len(ids)]}
+    ends = [n_prompt, len(chosen), len(ids)]
+    return {"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}
 
 
 def choose_keys(name, row, args):
@@ -735,25 +737,20 @@ def takes_means(args):
 
 
 def pair_sums(per_token, counts):
-    """Sums [B, 2] over the tokens of each response, chosen and rejected; counts: its trained tokens, 2B."""
-    return torch.stack([part.sum() for part in per_token.split(counts)]).view(-1, 2)
-
-
-def count_trained(example):
-    """Trained tokens of chosen and rejected."""
-    n_chosen = int(example["trained"][: example["ends"][1]].sum())
-    return n_chosen, example["n_trained"] - n_chosen
+    """Sums [B, 2] over the tokens of chosen and rejected responses; counts [B, 2]: their trained tokens."""
+    return torch.stack([part.sum() for part in per_token.split(counts.ravel().tolist())]).view(-1, 2)
 
 
 @torch.no_grad()
-def pair_metrics(values, logps, tokens, log_ratios, counts, args):
-    """{name: [B]} of what is logged beside the loss; values, logps, tokens [B, 2]; log_ratios [N]."""
+def pair_metrics(values, logps, log_ratios, counts, args):
+    """{name: [B]} of what is logged beside the loss; values, logps, counts [B, 2]; log_ratios [N]."""
     rewards = args.beta * values
     margins = rewards[:, 0] - rewards[:, 1]
     metrics = {
         "rewards/margins": margins,
         "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),  # a tie is half right: all are in step 1
     }
+    tokens = to_device(counts.astype(np.float32), values.device)
     for name, pair in (("rewards", rewards), ("logps", logps), ("length", tokens)):
         metrics |= {f"{name}/chosen": pair[:, 0], f"{name}/rejected": pair[:, 1]}
     if LOSSES[args.loss_type].needs_reference:
@@ -770,7 +767,7 @@ def dpo_step(engine, examples, args, train=True):
     metrics, the same on all ranks.
     """
     loss = LOSSES[args.loss_type]
-    n_chosen = sum(count_trained(example)[0] for example in examples)
+    n_chosen = sum(example["n_chosen"] for example in examples)
     max_tokens = 2 * args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
@@ -779,8 +776,7 @@ def dpo_step(engine, examples, args, train=True):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
         weight = 1.0 if len(members) else 0.0
         batch = [examples[j] for j in members] or examples[:1]
-        counts = [count for example in batch for count in count_trained(example)]
-        tokens = to_device(np.array(counts, dtype=np.float32).reshape(-1, 2), engine.device)
+        counts = np.array([[e["n_chosen"], e["n_trained"] - e["n_chosen"]] for e in batch])  # [B, 2]
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             per_token_logps = engine(pack_trees(batch, engine.device))
@@ -790,13 +786,13 @@ def dpo_step(engine, examples, args, train=True):
                 log_ratios = per_token_logps - to_device(ref_logps, engine.device)
             values, logps = pair_sums(log_ratios, counts), pair_sums(per_token_logps, counts)
             if takes_means(args):
-                values = values / tokens
+                values = values / to_device(counts, engine.device)
             nll = -logps[:, 0].sum() / n_chosen
             losses = loss.function(values[:, 0], values[:, 1], args)
             share = losses.sum() / len(examples) + args.nll_loss_coef * nll
         if train:
             engine.backward(weight * share * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        metrics = pair_metrics(values, logps, tokens, log_ratios, counts, args)
+        metrics = pair_metrics(values, logps, log_ratios, counts, args)
         shares = {name: value.sum() / len(examples) for name, value in metrics.items()}
         shares |= {"loss": share, "nll": nll}
         totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
@@ -833,7 +829,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))

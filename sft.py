@@ -650,7 +650,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
