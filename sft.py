@@ -615,7 +615,7 @@ def sft_step(engine, examples, args, train=True):
     Each pass adds its share of the loss, divided by the trained tokens of the whole step over all ranks.
     Returns metrics, the same on all ranks.
     """
-    n_tokens = sum(example["n_trained"] for example in examples)
+    n_tokens = int(sum(example["n_trained"] for example in examples))
     max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
@@ -650,7 +650,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
