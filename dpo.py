@@ -378,7 +378,7 @@ def split_response(prompt, response, args):
 
 
 def encode_row(row, keys, tokenizer, args):
-    """The columns of FEATURES that depend on the algorithm: a pair whose prompt is stored once."""
+    """The examples of a row, just one here: a pair whose prompt is stored once."""
     sides = []
     for key, name in zip(keys[1:], ("chosen", "rejected")):
         prompt, response = split_response(row.get(keys[0]), row.get(key), args)
@@ -392,7 +392,7 @@ def encode_row(row, keys, tokenizer, args):
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
     ends = [n_prompt, len(chosen), len(ids)]
-    return {"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}
+    return [{"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}]
 
 
 def choose_keys(name, row, args):
@@ -407,22 +407,24 @@ def choose_keys(name, row, args):
 
 
 def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
-    """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
+    """Yields the examples of each row of the spans [(first, last)]: for one that cannot be used, a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
     """
     for first, last in spans:
         for i in range(first, last):
-            example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
-            example["reason"] = ""
+            reason = ""
             try:
-                example |= encode_row(rows[i], keys, tokenizer, args)
-                if max(example["input_ids"]) >= vocab_size:
+                examples = encode_row(rows[i], keys, tokenizer, args)
+                if max(max(example["input_ids"]) for example in examples) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
-                example["reason"] = str(e).partition("\n")[0][:200] or type(e).__name__
-            length = 0 if example["reason"] else len(example["input_ids"])
-            yield example | {"length": length, "n_trained": int(sum(example["trained"]))}
+                reason = str(e).partition("\n")[0][:200] or type(e).__name__
+                examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
+            for example in examples:
+                example |= {"where": f"{name}:{i + 1}", "reason": reason}
+                example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
+                yield example
 
 
 def stamp(path):

@@ -27,7 +27,6 @@ Commands:
 import collections
 import dataclasses
 import datetime
-import functools
 import hashlib
 import importlib.util
 import json
@@ -349,7 +348,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 
 def split_response(prompt, response, args):
-    """(prompt, response); conversations, and text as in Anthropic/hh-rlhf, have the prompt in the response."""
+    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
     if prompt is not None:
@@ -762,7 +761,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
@@ -923,7 +926,7 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- frozen models: what they give is computed once, kept in --cache_dir and memory-mapped
+# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
 
 
 class PerToken:
@@ -939,58 +942,44 @@ class PerToken:
 
 
 def cache_file(kind, decides, args):
-    """(path in --cache_dir for what the list decides, whether it is there)."""
+    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     file = Path(args.cache_dir, f"{kind}-{key}.npy")
     found = [file.exists()]
-    dist.broadcast_object_list(found)  # as rank 0 sees it
+    dist.broadcast_object_list(found)
     return file, found[0]
 
 
 @torch.no_grad()
-def block_values(engine, examples, pack_fn, args):
-    """What the engine gives for the trained tokens of some examples, [N, ...]; each rank computes a share."""
-    parts = {}
-    most = 4 * args.micro_train_batch_size  # without a gradient, more fits
-    for members in split_step([example["length"] for example in examples], most):
-        members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
-        values = engine(pack_fn([examples[j] for j in members], engine.device))
-        sizes = [examples[j]["n_trained"] for j in members]
-        parts |= zip(members, values.float().split(sizes))
-    ends = np.cumsum([example["n_trained"] for example in examples])
-    block = torch.full((int(ends[-1]), *values.shape[1:]), -torch.inf, device=engine.device)
-    for j, part in parts.items():
-        block[ends[j] - len(part) : ends[j]] = part
-    dist.all_reduce(block, op=dist.ReduceOp.MAX)
-    return block.cpu().numpy()
+def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args):
+    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
 
-
-def write_values(file, engine, fetch_fn, n_trained, pack_fn, args):
-    """Writes block_values of all examples, fetch_fn(indices), to a file that PerToken reads."""
-    rank, written = dist.get_rank(), 0
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    size = 32 * args.micro_train_batch_size * dist.get_world_size()  # examples of a block
-    quiet = rank != 0 or not sys.stderr.isatty()
-    for first in tqdm.tqdm(range(0, len(n_trained), size), file.stem[:12], disable=quiet):
-        indices = np.arange(first, min(first + size, len(n_trained)))
-        block = block_values(engine, fetch_fn(indices), pack_fn, args)
-        if rank == 0 and first == 0:
-            shape = (int(n_trained.sum()), *block.shape[1:])
-            output = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        if rank == 0:
-            output[written : written + len(block)] = block
-            written += len(block)
-    if rank == 0:
-        output.flush()
-        os.replace(partial, file)
+    examples_of(indices) -> examples. Each rank writes the values of its share into one file, which appears
+    by rename: several nodes need a shared disk.
+    """
+    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
+    dist.broadcast_object_list(partial)
+    if dist.get_rank() == 0:
+        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
     dist.barrier()
-
-
-def free_weights(engine):
-    """DeepSpeed keeps a ZeRO-3 model alive: at least not its weights."""
+    output = np.load(partial[0], mmap_mode="r+")
+    ends = np.cumsum(n_trained)
+    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
+    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
+        members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
+        examples = examples_of(members)
+        values = engine(pack_fn(examples, engine.device)).float().cpu().numpy()
+        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
+            output[ends[i] - len(part) : ends[i]] = part
+    output.flush()
     for p in engine.parameters():
-        if hasattr(p, "ds_tensor"):
+        if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
             p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.replace(partial[0], file)
+    dist.barrier()
 
 
 def check_rows(engine, args):
@@ -1016,51 +1005,54 @@ def choose_partners(prompts, seed):
     return partners
 
 
-class Mismatched:
-    """The rows of a table, each prompt with its partner's response, cut to --max_len: z0 comes from them."""
+class Rows:
+    """The N rows of a table by number and, as N to 2N - 1, the same prompts with their partners' responses.
+
+    Each has the reference's log-probs: see reference_rows. Without z0 there are no partners.
+    """
 
     def __init__(self, table, args):
-        self.table, self.max_len = table, args.max_len
-        self.partners = choose_partners(column(table, "prompt_hash"), args.seed)
+        self.table, self.max_len, self.ref_logps = table, args.max_len, None
+        self.prompts = self.responses = np.arange(len(table))
+        if not args.apo_zero_unpaired:
+            partners = choose_partners(column(table, "prompt_hash"), args.seed)
+            self.prompts, self.responses = np.tile(self.prompts, 2), np.append(self.prompts, partners)
         n_trained = column(table, "n_trained")
-        room = args.max_len - (column(table, "length") - n_trained)
-        self.n_trained = np.minimum(n_trained[self.partners], room)
+        n_prompt = (column(table, "length") - n_trained)[self.prompts]
+        self.n_trained = np.minimum(n_trained[self.responses], args.max_len - n_prompt)
+        self.lengths = n_prompt + self.n_trained
 
     def fetch(self, indices):
         """Their examples, as fetch gives those of a table."""
-        examples = fetch(self.table, indices)
-        for example, partner in zip(examples, fetch(self.table, self.partners[indices])):
+        examples = fetch(self.table, self.prompts[indices])
+        partners = fetch(self.table, self.responses[indices])
+        for i, example, partner in zip(indices, examples, partners):
             n_prompt = example["length"] - example["n_trained"]
             response = partner["input_ids"][partner["length"] - partner["n_trained"] :]
             ids = np.concatenate([example["input_ids"][:n_prompt], response])[: self.max_len]
-            example |= {"input_ids": ids, "trained": np.arange(len(ids)) >= n_prompt}
+            example |= {"index": i, "input_ids": ids, "trained": np.arange(len(ids)) >= n_prompt}
             example |= {"length": len(ids), "n_trained": len(ids) - n_prompt}
+            if self.ref_logps:
+                example["ref_logps"] = self.ref_logps[example]
         return examples
 
 
-def fetch_with(fetch_fn, ref_logps, indices):
-    """Examples with the reference's log-probs."""
-    examples = fetch_fn(indices)
-    for example in examples:
-        example["ref_logps"] = ref_logps[example]
-    return examples
-
-
-def with_reference(sources, args, device):
-    """{name: fetch function with the reference's log-probs} of sources {name: (fetch function, n_trained)}."""
+def reference_rows(tables, args, device):
+    """{table's fingerprint: its Rows with the reference's log-probs}."""
     path = args.ref_pretrain or args.pretrain
-    engine, references = None, {}
-    for name, (fetch_fn, n_trained) in sources.items():
-        file, found = cache_file("logps", [name, path, stamp(path), args.bf16], args)
-        if not found and engine is None:
+    found_rows = {}
+    for table in tables:
+        rows = Rows(table, args)
+        decides = [table._fingerprint, args.apo_zero_unpaired, args.seed, path, stamp(path), args.bf16]
+        file, found = cache_file("logps", decides, args)
+        if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
             check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the policy's alone
-        if not found:
-            write_values(file, engine, fetch_fn, n_trained, pack_rows, args)
-        references[name] = functools.partial(fetch_with, fetch_fn, PerToken(file, n_trained))
-    if engine is not None:
-        free_weights(engine)
-    return references
+            write_values(file, engine, rows.fetch, rows.lengths, rows.n_trained, (), pack_rows, args)
+            del engine  # before another one is loaded
+        rows.ref_logps = PerToken(file, rows.n_trained)
+        found_rows[table._fingerprint] = rows
+    return found_rows
 
 
 def count_classes(desirable, args):
@@ -1296,21 +1288,17 @@ def main(args):
         return
 
     # --- algorithm: kto (model)
-    sources = {}
-    for table in [examples, held_out] if held_out else [examples]:
+    tables = [examples, held_out] if held_out else [examples]
+    for table in tables:
         count_classes(column(table, "desirable"), args)
-        sources[table._fingerprint] = (functools.partial(fetch, table), column(table, "n_trained"))
-        if not args.apo_zero_unpaired:
-            mismatched = Mismatched(table, args)
-            sources[f"{table._fingerprint} {args.seed}"] = (mismatched.fetch, mismatched.n_trained)
-    fetchers = with_reference(sources, args, device)
+    rows_of = reference_rows(tables, args, device)
     engine = start_engine(args, total_steps)
     check_rows(engine, args)
 
     def take_step(table, indices, train=True):
-        name = table._fingerprint
-        mismatched = [] if args.apo_zero_unpaired else fetchers[f"{name} {args.seed}"](indices)
-        metrics = kto_step(engine, fetchers[name](indices), mismatched, args, train)
+        rows = rows_of[table._fingerprint]
+        mismatched = [] if args.apo_zero_unpaired else rows.fetch(indices + len(table))
+        metrics = kto_step(engine, rows.fetch(indices), mismatched, args, train)
         if train and engine.global_steps == 0 and not args.ref_pretrain:
             check_first_loss(metrics, n_trained[indices].mean(), args)
         return metrics
