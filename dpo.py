@@ -244,19 +244,6 @@ def open_rows(name, split):
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
 
 
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
-
-
 # --- text and tokens. A ValueError says why a row cannot be used
 
 
@@ -397,10 +384,15 @@ def encode_row(row, keys, tokenizer, args):
 
 def choose_keys(name, row, args):
     """(prompt column or None, chosen column, rejected column) of a dataset, from its first row."""
-    given = (args.prompt_key, args.chosen_key, args.rejected_key)
-    layouts = [(key, *given[1:]) for key in ("prompt", "question", "instruction", "input", None)]
-    flags = ("--prompt_key", "--chosen_key", "--rejected_key")
-    return find_keys(name, row, given if args.prompt_key else (None,) * 3, flags, layouts)
+    prompt_keys = (
+        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
+    )
+    for prompt_key in prompt_keys:
+        keys = (prompt_key, args.chosen_key, args.rejected_key)
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--prompt_key, --chosen_key, --rejected_key"
+    die(f"dataset {name!r} has the columns {', '.join(row)}: choose with {flags}")
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
@@ -1118,9 +1110,9 @@ def difference(folder, identity):
 
 
 def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
+    """Folders of all complete checkpoints, newest first."""
     folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def publish(args):
@@ -1162,12 +1154,12 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
+    for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
         note(f"resume {folder}")
-        return step
+        return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
     partial.mkdir()
     return 0
@@ -1180,7 +1172,7 @@ def save_checkpoint(engine, args, step, identity):
     if dist.get_rank() == 0:
         write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -1254,14 +1246,10 @@ def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels["grad_norm"] = "grad"
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in labels.items() if name in metrics]
-    if "lr" in metrics:
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tok/s")
-        parts.append(
-            f"{metrics['peak_mem_gib']:.1f} GiB  left {datetime.timedelta(seconds=int(seconds_left))}"
-        )
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):
