@@ -101,7 +101,7 @@ class Args:
 
     # --- loss
 
-    loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "simpo"] = "sigmoid"  # formulas: above
+    loss_type: str = "sigmoid"  # sigmoid, robust, hinge, ipo or simpo: their formulas stand above
     beta: float = 0.1  # how closely the policy keeps to the reference; 2 to 10 for means per token
     label_smoothing: float = 0.0  # assumed share of wrong labels, 0 to 0.5, with sigmoid (cDPO) or robust
     ipo: bool = False  # old name of --loss_type ipo
@@ -155,6 +155,8 @@ class Args:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
         self.loss_type = "ipo" if self.ipo else self.loss_type
+        if self.loss_type not in LOSSES:
+            die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
         loss = LOSSES[self.loss_type]
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
             die("--beta must be above 0, --label_smoothing from 0 to below 0.5")
@@ -221,7 +223,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -364,11 +370,25 @@ def split_response(prompt, response, args):
     return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
 
 
-def encode_row(row, keys, tokenizer, args):
+def choose_keys(row, args):
+    """(prompt column or None, chosen column, rejected column) of a row."""
+    prompt_keys = (
+        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
+    )
+    for prompt_key in prompt_keys:
+        keys = (prompt_key, args.chosen_key, args.rejected_key)
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--prompt_key, --chosen_key, --rejected_key"
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with {flags}")
+
+
+def encode_row(row, tokenizer, args):
     """The columns of FEATURES that depend on the algorithm: a pair whose prompt is stored once."""
+    prompt_key, *response_keys = choose_keys(row, args)
     sides = []
-    for key, name in zip(keys[1:], ("chosen", "rejected")):
-        prompt, response = split_response(row.get(keys[0]), row.get(key), args)
+    for key, name in zip(response_keys, ("chosen", "rejected")):
+        prompt, response = split_response(row.get(prompt_key), row[key], args)
         sides.append(encode(prompt, response, tokenizer, args, row.get(f"{name}_finish_reason")))
     (chosen, chosen_trained), (rejected, rejected_trained) = sides
     if np.array_equal(chosen, rejected):  # if only after truncation
@@ -382,23 +402,10 @@ def encode_row(row, keys, tokenizer, args):
     return {"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}
 
 
-def choose_keys(name, row, args):
-    """(prompt column or None, chosen column, rejected column) of a dataset, from its first row."""
-    prompt_keys = (
-        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
-    )
-    for prompt_key in prompt_keys:
-        keys = (prompt_key, args.chosen_key, args.rejected_key)
-        if set(keys) - {None} <= set(row):
-            return keys
-    flags = "--prompt_key, --chosen_key, --rejected_key"
-    die(f"dataset {name!r} has the columns {', '.join(row)}: choose with {flags}")
-
-
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
-def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
@@ -408,7 +415,7 @@ def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                example |= encode_row(rows[i], keys, tokenizer, args)
+                example |= encode_row(rows[i], tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -437,10 +444,6 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     rows = open_rows(name, split)
     if not len(rows):
         die(f"dataset {name!r}: no rows")
-    try:
-        keys = choose_keys(name, rows[0], args)
-    except ROW_ERRORS as e:
-        die(f"dataset {name!r}: its first row is no JSON object: {e}")
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -449,13 +452,13 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), "args": args, **inputs},
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -713,7 +716,7 @@ class Loss(NamedTuple):
     takes_smoothing: bool = False
 
 
-# A new loss: its function above, a line here, its name in --loss_type.
+# A new loss is a function above and a line here.
 LOSSES = {
     "sigmoid": Loss(sigmoid_loss, takes_smoothing=True),
     "robust": Loss(robust_loss, takes_smoothing=True),

@@ -186,7 +186,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -313,37 +317,38 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def encode_row(row, keys, tokenizer, args):
-    """The columns of FEATURES that depend on the algorithm."""
-    prompt = row.get(keys[0])
-    response = row.get(keys[1]) if keys[1] else []
-    if args.pretrain_mode or keys == ("text", None):
-        prompt, response = "", prompt
-    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
-        prompt = f"{prompt}\n\n{row['input']}"
-    ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
-    return {"input_ids": ids, "trained": trained}
-
-
-def choose_keys(name, row, args):
-    """(prompt column, response column or None) of a dataset, from its first row."""
+def choose_keys(row, args):
+    """(prompt column, response column or None) of a row."""
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
     layouts += [("question", "answer"), ("question", "response"), ("text", None)]
-    if "finish_reason" in row:  # rows of batch_infer.py, which may hold messages too
+    if "finish_reason" in row:  # a row of batch_infer.py, which may hold messages too
         layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
     for keys in layouts:
         if set(keys) - {None} <= set(row):
             return keys
-    die(f"dataset {name!r} has the columns {', '.join(row)}: choose with --input_key, --output_key")
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with --input_key, --output_key")
+
+
+def encode_row(row, tokenizer, args):
+    """The columns of FEATURES that depend on the algorithm."""
+    prompt_key, response_key = choose_keys(row, args)
+    prompt = row[prompt_key]
+    response = row[response_key] if response_key else []
+    if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
+        prompt, response = "", prompt
+    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
+    return {"input_ids": ids, "trained": trained}
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
-def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
@@ -353,7 +358,7 @@ def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                example |= encode_row(rows[i], keys, tokenizer, args)
+                example |= encode_row(rows[i], tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -382,10 +387,6 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     rows = open_rows(name, split)
     if not len(rows):
         die(f"dataset {name!r}: no rows")
-    try:
-        keys = choose_keys(name, rows[0], args)
-    except ROW_ERRORS as e:
-        die(f"dataset {name!r}: its first row is no JSON object: {e}")
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -394,13 +395,13 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), "args": args, **inputs},
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
