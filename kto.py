@@ -207,7 +207,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -228,19 +232,6 @@ def open_rows(name, split):
         return datasets.load_dataset(path, subset or None, split=split)
     except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-
-
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
 
 
 # --- text and tokens. A ValueError says why a row cannot be used
@@ -371,16 +362,34 @@ def read_label(value):
     return words[str(value).lower()]
 
 
-def encode_row(row, keys, tokenizer, args):
+def choose_keys(row, args):
+    """(prompt column or None, response column, label column) of a row; a pair: (.., "chosen", "rejected")."""
+    prompts = ["prompt", "input", "instruction", "question"]
+    layouts = [(prompt, "chosen", "rejected") for prompt in [*prompts, None]]
+    for response in ("completion", "output", "response"):
+        layouts += [(prompt, response, args.label_key) for prompt in prompts]
+    layouts += [(None, "messages", args.label_key), (None, "conversations", args.label_key)]
+    if args.input_key:
+        layouts = [(args.input_key, args.output_key, args.label_key)]
+        if not args.output_key:
+            layouts = [(None, args.input_key, args.label_key)]
+    for keys in layouts:
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--input_key, --output_key, --label_key"
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with {flags}")
+
+
+def encode_row(row, tokenizer, args):
     """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
-    prompt_key, response_key, label_key = keys
-    if label_key:
-        sides = [(response_key, "finish_reason", read_label(row.get(label_key)))]
-    else:
+    prompt_key, *keys = choose_keys(row, args)
+    if keys == ["chosen", "rejected"]:
         sides = [("chosen", "chosen_finish_reason", True), ("rejected", "rejected_finish_reason", False)]
+    else:
+        sides = [(keys[0], "finish_reason", read_label(row[args.label_key]))]
     examples = []
     for key, finish_key, desirable in sides:
-        prompt, response = split_response(row.get(prompt_key), row.get(key), args)
+        prompt, response = split_response(row.get(prompt_key), row[key], args)
         ids, trained = encode(prompt, response, tokenizer, args, row.get(finish_key))
         prompt_hash = zlib.crc32(ids[: trained.argmax()].tobytes())
         example = {"input_ids": ids, "trained": trained}
@@ -388,28 +397,10 @@ def encode_row(row, keys, tokenizer, args):
     return examples
 
 
-def choose_keys(name, row, args):
-    """(prompt column or None, response column, label column) of a dataset, from its first row.
-
-    Pairs have neither of the last two. Without a prompt column, responses are whole conversations.
-    """
-    prompts, responses = ("prompt", "input", "instruction", "question"), ("completion", "output", "response")
-    if {"chosen", "rejected"} <= set(row) and not args.input_key:
-        return next((key for key in prompts if key in row), None), None, None
-    find_keys(name, row, (args.label_key,), ("--label_key",), ())
-    layouts = [(prompt, response) for prompt in prompts for response in responses]
-    layouts += [("messages", None), ("conversations", None)]
-    flags = ("--input_key", "--output_key")
-    prompt_key, response_key = find_keys(name, row, (args.input_key, args.output_key), flags, layouts)
-    if response_key:
-        return prompt_key, response_key, args.label_key
-    return None, prompt_key, args.label_key
-
-
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
-def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields the examples of each row of the spans [(first, last)]: for one that cannot be used, a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
@@ -418,7 +409,7 @@ def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
         for i in range(first, last):
             reason = ""
             try:
-                examples = encode_row(rows[i], keys, tokenizer, args)
+                examples = encode_row(rows[i], tokenizer, args)
                 if max(max(example["input_ids"]) for example in examples) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -450,10 +441,6 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     rows = open_rows(name, split)
     if not len(rows):
         die(f"dataset {name!r}: no rows")
-    try:
-        keys = choose_keys(name, rows[0], args)
-    except ROW_ERRORS as e:
-        die(f"dataset {name!r}: its first row is no JSON object: {e}")
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -462,13 +449,13 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), "args": args, **inputs},
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -1107,9 +1094,9 @@ def difference(folder, identity):
 
 
 def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
+    """Folders of all complete checkpoints, newest first."""
     folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def publish(args):
@@ -1151,12 +1138,12 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
+    for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
         note(f"resume {folder}")
-        return step
+        return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
     partial.mkdir()
     return 0
@@ -1169,7 +1156,7 @@ def save_checkpoint(engine, args, step, identity):
     if dist.get_rank() == 0:
         write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -1251,14 +1238,10 @@ def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels["grad_norm"] = "grad"
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in labels.items() if name in metrics]
-    if "lr" in metrics:
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tok/s")
-        parts.append(
-            f"{metrics['peak_mem_gib']:.1f} GiB  left {datetime.timedelta(seconds=int(seconds_left))}"
-        )
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):
