@@ -18,15 +18,13 @@ kto = load_script("kto")
 SETTINGS = {"bf16": False, "train_batch_size": 20, "learning_rate": 1e-3, "lr_scheduler": "constant"}
 SETTINGS |= {"lr_warmup_ratio": 0.0, "max_len": 100}
 SPLITS = {
-    "micro8-zero2": {},
+    "micro8": {},
     "micro1-zero3": {"micro_train_batch_size": 1, "zero_stage": 3},
-    "micro2-checkpointing-zero1": {
-        "micro_train_batch_size": 2,
-        "gradient_checkpointing": True,
-        "zero_stage": 1,
-    },
+    "micro2-zero1": {"micro_train_batch_size": 2, "zero_stage": 1, "gradient_checkpointing": True},
     "packing-zero0": {"micro_train_batch_size": 3, "packing_samples": True, "zero_stage": 0},
 }
+PLAIN = enumerate(make_rows(50, seed=3))
+ROWS = [{"prompt": row["input"], "completion": row["output"], "label": i % 3 != 0} for i, row in PLAIN]
 
 
 @pytest.fixture(autouse=True)
@@ -35,30 +33,17 @@ def one_thread(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    """50 rows, 17 of them undesirable."""
-    made = enumerate(make_rows(50, seed=3))
-    return [{"prompt": x["input"], "completion": x["output"], "label": i % 3 != 0} for i, x in made]
-
-
-@pytest.fixture(scope="module")
-def labelled(rows, tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("kto") / "rows.jsonl", rows)
-
-
-@pytest.fixture(scope="module")
 def other(tokenizer, tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("other") / "other", tokenizer, initializer_range=0.15)
 
 
-def run(**flags):
-    flags.setdefault("cache_dir", f"{flags['save_path']}.cache")
-    kto.main(kto.Args(**{**SETTINGS, **flags}))
-    return read_metrics(flags["save_path"])
-
-
 def read_metrics(folder):
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def run(**flags):
+    kto.main(kto.Args(**{**SETTINGS, "cache_dir": f"{flags['save_path']}.cache", **flags}))
+    return read_metrics(flags["save_path"])
 
 
 def test_loss_of_six_rows_by_hand():
@@ -67,15 +52,12 @@ def test_loss_of_six_rows_by_hand():
     for value, desirable in zip(r, good):
         x = 0.1 * (value - 0.25) * (1 if desirable else -1)
         expected.append((1.5 if desirable else 0.5) * (1 - 1 / (1 + math.exp(-x))))
-    args = (torch.tensor(r, dtype=torch.float64), torch.tensor(good), torch.tensor(0.25), 0.1, 1.5, 0.5)
-    assert torch.allclose(kto.kto_loss(*args), torch.tensor(expected, dtype=torch.float64), atol=1e-6)
-    apo = kto.kto_loss(args[0], args[1], torch.zeros(()), 0.1, 1.0, 1.0)
-    sigmoid = torch.sigmoid(0.1 * args[0])
-    assert torch.allclose(apo, torch.where(args[1], 1 - sigmoid, sigmoid))
+    found = kto.kto_loss(torch.tensor(r), torch.tensor(good), torch.tensor(0.25), 0.1, 1.5, 0.5)
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def next_other(prompts, seed):
-    """The rule of the partners, in plain words: walk on through the permutation until the prompt is another."""
+    """Partners in plain words: walk on through the permutation until the prompt is another."""
     order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
     partners = {}
     for i, row in enumerate(order):
@@ -84,7 +66,7 @@ def next_other(prompts, seed):
     return [partners[row] for row in range(len(order))]
 
 
-@pytest.mark.parametrize("n_prompts", [1, 2, 3, 40])
+@pytest.mark.parametrize("n_prompts", [1, 2, 40])
 def test_partner_is_the_next_row_with_another_prompt(n_prompts):
     prompts = np.random.default_rng(1).integers(0, n_prompts, 40)
     assert kto.choose_partners(prompts, 7).tolist() == next_other(prompts, 7)
@@ -97,35 +79,38 @@ def test_order_spreads_both_classes():
     assert [desirable[order[i : i + 12]].sum() for i in range(0, 60, 12)] == [2] * 5
 
 
-def test_splits_give_the_same_steps(tiny, labelled, tmp_path):
-    """Micro-batch, packing, ZeRO stage, checkpointing, 1 and 2 ranks: loss, z0 and gradient norm of 3 steps."""
-    runs, configs = {}, []
-    for name, changes in SPLITS.items():
-        flags = {"pretrain": tiny, "dataset": labelled, "cache_dir": str(tmp_path / "cache"), **changes}
-        runs[name] = run(**flags, save_path=str(tmp_path / name))
-        configs.append({**SETTINGS, **flags, "save_path": str(tmp_path / f"two-{name}")})
+def test_splits_give_the_same_steps(tiny, tmp_path):
+    """Micro-batch, packing, ZeRO stage, checkpointing, 1 and 2 ranks: 3 steps, the last of 10 rows."""
+    paths = {
+        "pretrain": tiny,
+        "dataset": write_rows(tmp_path / "rows.jsonl", ROWS),
+        "cache_dir": str(tmp_path),
+    }
+    runs = {name: run(**paths, **flags, save_path=str(tmp_path / name)) for name, flags in SPLITS.items()}
+    two = {f"two-{name}": {**SETTINGS, **paths, **flags} for name, flags in SPLITS.items()}
+    configs = [{**flags, "save_path": str(tmp_path / name)} for name, flags in two.items()]
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch = str(Path(__file__).parent / "launch.py")
     subprocess.run([*command, launch, "kto", str(tmp_path / "configs.json")], check=True, timeout=300)
-    runs |= {f"two-{name}": read_metrics(tmp_path / f"two-{name}") for name in SPLITS}
-    first = runs["micro8-zero2"]
-    assert len(first) == 3 and abs(first[0]["loss"] - 0.5) < 1e-6 and first[0]["kl"] == 0.0
-    assert first[1]["kl"] > 1e-3  # else z0 is not tested
+    runs |= {name: read_metrics(tmp_path / name) for name in two}
+    first = runs["micro8"]
+    assert len(first) == 3 and abs(first[0]["loss"] - 0.5) < 1e-6
+    assert first[0]["kl"] == 0 and first[1]["kl"] > 1e-3
     for name, steps in runs.items():
         for step, known in zip(steps, first, strict=True):
             for key in ("loss", "kl", "grad_norm", "rewards/margins", "logps/chosen"):
                 assert step[key] == pytest.approx(known[key], rel=1e-5, abs=1e-5), (name, key)
 
 
-def plain_metrics(rows, models, tokenizer, max_len, weights=(1.5, 0.5)):
+def plain_metrics(rows, models, tokenizer):
     """z0 and loss of all rows as one step, each sequence alone through Hugging Face's own forward."""
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in models]
 
     def ratio(row, response):
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = prompt + tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
-        ids = torch.tensor([ids[:max_len]])
+        ids = torch.tensor([ids[:60]])
         with torch.no_grad():
             logps = [model(input_ids=ids).logits[0, :-1].log_softmax(-1) for model in models]
         policy, reference = (x.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item() for x in logps)
@@ -136,81 +121,66 @@ def plain_metrics(rows, models, tokenizer, max_len, weights=(1.5, 0.5)):
     losses = []
     for row in rows:
         x = 0.1 * (ratio(row, row["completion"]) - z0)
-        losses.append(weights[0] / (1 + math.exp(x)) if row["label"] else weights[1] / (1 + math.exp(-x)))
+        losses.append(1.5 / (1 + math.exp(x)) if row["label"] else 0.5 / (1 + math.exp(-x)))
     return {"kl": z0, "loss": np.mean(losses)}
 
 
-def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, rows, labelled, tmp_path):
-    """Step 1, and the evaluation before it, under another model as the reference: one of the two makes z0 > 0."""
-    held_out = write_rows(tmp_path / "eval.jsonl", rows[30:])
-    flags = {"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5, "eval_dataset": held_out}
-    flags |= {"dataset": labelled, "max_samples": 20, "max_len": 60}
+def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, tmp_path):
+    """Step 1 and the evaluation before it, either model as the reference: one of the two makes z0 > 0."""
+    flags = {"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5, "max_samples": 20, "max_len": 60}
+    flags |= {"dataset": write_rows(tmp_path / "rows.jsonl", ROWS)}
+    flags |= {"eval_dataset": write_rows(tmp_path / "eval.jsonl", ROWS[30:])}
     z0s = []
     for i, models in enumerate([(tiny, other), (other, tiny)]):
         paths = {"pretrain": models[0], "ref_pretrain": models[1], "save_path": str(tmp_path / f"m{i}")}
         before, first = run(**paths, **flags)[:2]
-        for name, value in plain_metrics(rows[:20], models, tokenizer, 60).items():
-            assert first[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
-        for name, value in plain_metrics(rows[30:], models, tokenizer, 60).items():
-            assert before[f"eval/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-5), name
         z0s.append(first["kl"])
+        for step, prefix, rows in ((first, "", ROWS[:20]), (before, "eval/", ROWS[30:])):
+            for name, value in plain_metrics(rows, models, tokenizer).items():
+                assert step[prefix + name] == pytest.approx(value, rel=1e-5, abs=1e-5), prefix + name
     assert max(z0s) > 1 and min(z0s) == 0
 
 
-def test_labels_are_read_strictly(tiny, rows, tmp_path, capsys):
+def test_labels_are_read_strictly(tiny, tmp_path, capsys):
     assert all(kto.read_label(value) is True for value in (True, 1, 1.0, "True", "true", "1"))
     assert not any(kto.read_label(value) for value in (False, 0, 0.0, "False", "false", "0"))
-    for value in ("yes", None, 0.9, 2, "", "good"):
-        with pytest.raises(ValueError, match="label"):
-            kto.read_label(value)
-    doubtful = rows[:3] + [{**rows[3], "label": "good"}]
-    for bad, words in ((doubtful, "bad.jsonl:4: its label"), (rows[1:3], "2 desirable and 0")):
-        with pytest.raises(SystemExit) as e:
+    cases = [
+        ([*ROWS[:3], {**ROWS[3], "label": x}], "bad.jsonl:4: its label") for x in ("good", None, 0.9, 2, "")
+    ]
+    for bad, words in [*cases, (ROWS[1:3], "2 desirable and 0")]:
+        with pytest.raises(SystemExit):
             run(pretrain=tiny, dataset=write_rows(tmp_path / "bad.jsonl", bad), save_path=str(tmp_path / "x"))
-        assert e.value.code == 2 and words in capsys.readouterr().err
+        assert words in capsys.readouterr().err
 
 
-USER, GOOD, BAD = "Say it.\n", "red river", "old stone"
-PAIRS = {
-    "text": {"prompt": USER, "chosen": GOOD, "rejected": BAD},
-    "hh-rlhf": {
-        f"{k}": f"\n\nHuman: {USER}\n\nAssistant:{y}" for k, y in (("chosen", GOOD), ("rejected", BAD))
-    },
-    "batch_infer.py": {"prompt": USER, "chosen": GOOD, "rejected": BAD, "rejected_finish_reason": "length"},
-}
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_pair_becomes_two_rows(name, tiny, tokenizer, tmp_path):
-    data = write_rows(tmp_path / "pairs.jsonl", [PAIRS[name]] * 3)
+@pytest.mark.parametrize("kind", ["text", "hh-rlhf", "sampled"])
+def test_a_pair_becomes_two_rows(kind, tiny, tokenizer, tmp_path):
+    pair = {"prompt": "Say it.\n", "chosen": "red river", "rejected": "old stone"}
+    responses = [pair["chosen"] + "<eos>", pair["rejected"] + "<eos>"]
+    if kind == "hh-rlhf":
+        pair = {key: f"\n\nHuman: Say it.\n\nAssistant:{pair[key]}" for key in ("chosen", "rejected")}
+    if kind == "sampled":  # what the sampler cut is trained without EOS
+        pair["rejected_finish_reason"] = "length"
+        responses[1] = pair["rejected"]
+    data = write_rows(tmp_path / "pairs.jsonl", [pair] * 3)
     args = kto.Args(pretrain=tiny, dataset=data, cache_dir=str(tmp_path))
     table = kto.load_examples(data, None, "train", tokenizer, args)
     assert table["desirable"] == [True, False] * 3 and len(set(table["prompt_hash"])) == 1
-    for example, response in zip(kto.fetch(table, [0, 1]), (GOOD, BAD)):
-        text = tokenizer.decode(example["input_ids"][example["trained"]])
-        cut = name == "batch_infer.py" and response == BAD
-        assert text == response + ("" if cut else "<eos>")
+    found = [example["input_ids"][example["trained"]] for example in kto.fetch(table, [0, 1])]
+    assert [tokenizer.decode(ids) for ids in found] == responses
 
 
-def test_resumed_is_bit_identical(tiny, labelled, tmp_path, monkeypatch):
-    flags = {"pretrain": tiny, "dataset": labelled, "max_epochs": 2, "save_steps": 2}
-    whole = run(**flags, save_path=str(tmp_path / "whole"))
-    save = kto.save_checkpoint
-
-    def save_and_die(engine, args, step, identity):
-        save(engine, args, step, identity)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(kto, "save_checkpoint", save_and_die)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            run(**flags, save_path=str(tmp_path / "killed"))
+def test_resumed_is_bit_identical(tiny, tmp_path, monkeypatch):
+    flags = {"pretrain": tiny, "dataset": write_rows(tmp_path / "rows.jsonl", ROWS)}
+    flags |= {"max_epochs": 2, "save_steps": 4}
+    run(**flags, save_path=str(tmp_path / "whole"))
+    monkeypatch.setattr(kto, "console_line", lambda step, *_: "" if step < 6 else sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        run(**flags, save_path=str(tmp_path / "cut"))
     monkeypatch.undo()
-    killed = run(**flags, save_path=str(tmp_path / "killed"))
-    assert [step["loss"] for step in killed] == [step["loss"] for step in whole]
-    assert (tmp_path / "killed/model.safetensors").read_bytes() == (
-        tmp_path / "whole/model.safetensors"
-    ).read_bytes()
+    run(**flags, save_path=str(tmp_path / "cut"))
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert one == two
 
 
 TRL = """
@@ -218,47 +188,32 @@ import json, sys
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import KTOConfig, KTOTrainer
-folder = sys.argv[1]
-cases, rows = (json.load(open(f"{folder}/{name}.json")) for name in ("cases", "rows"))
-logs = {}
-for name, (policy, reference, options) in cases.items():
+folder, cases, rows = json.loads(sys.argv[1])
+for policy, reference, options, name in cases:
     model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (policy, reference))
     args = KTOConfig(output_dir=f"{folder}/out", per_device_train_batch_size=8, max_steps=1, logging_steps=1,
                      max_length=512, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
                      disable_tqdm=True, save_strategy="no", **options)
-    trainer = KTOTrainer(model, ref, args=args, train_dataset=Dataset.from_list(rows),
-                         processing_class=AutoTokenizer.from_pretrained(policy))
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    trainer = KTOTrainer(model, ref, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
-    logs[name] = trainer.state.log_history[0]
-json.dump(logs, open(f"{folder}/logs.json", "w"))
+    json.dump(trainer.state.log_history[0], open(f"{folder}/{name}.json", "w"))
 """
 
 
-def test_equals_trl(tiny, other, rows, tmp_path):
-    """The first step of TRL's KTOTrainer on 8 rows: it takes y' from the row before, so it gets our order backwards."""
+def test_equals_trl(tiny, other, tmp_path):
+    """The first step of TRL's KTOTrainer on 8 rows. It takes y' from the row before: it gets our order backwards."""
     pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.0 accelerate")
-    backwards = np.random.default_rng(42).permutation(8)[::-1]
-    (tmp_path / "rows.json").write_text(json.dumps([rows[i] for i in backwards]))
-    weights = {"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5}
-    cases = {  # name: (TRL's policy, reference, options; our flags)
-        "kto": (tiny, other, {}, {}),
-        "the reference is better": (other, tiny, {}, {}),
-        "weights": (tiny, other, {"desirable_weight": 1.5, "undesirable_weight": 0.5}, weights),
-        "apo": (tiny, other, {"loss_type": "apo_zero_unpaired"}, {"apo_zero_unpaired": True}),
-    }
-    (tmp_path / "cases.json").write_text(json.dumps({name: case[:3] for name, case in cases.items()}))
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, "-c", TRL, str(tmp_path)]
-    subprocess.run(command, check=True, env=environment, timeout=600)
-    logs = json.loads((tmp_path / "logs.json").read_text())
-    data = write_rows(tmp_path / "rows.jsonl", rows[:8])
-    for name, (policy, reference, _, flags) in cases.items():
-        paths = {
-            "pretrain": policy,
-            "ref_pretrain": reference,
-            "dataset": data,
-            "save_path": str(tmp_path / name),
-        }
-        (ours,) = run(**paths, max_len=512, **flags)
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    cases = [(tiny, other, weights, "kto"), (tiny, other, {"loss_type": "apo_zero_unpaired"}, "apo")]
+    ours = [{"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5}, {"apo_zero_unpaired": True}]
+    backwards = [ROWS[i] for i in np.random.default_rng(42).permutation(8)[::-1]]
+    command = ["env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "LOCAL_RANK", sys.executable, "-c", TRL]
+    subprocess.run([*command, json.dumps([str(tmp_path), cases, backwards])], check=True, timeout=600)
+    paths = {"dataset": write_rows(tmp_path / "rows.jsonl", ROWS[:8]), "max_len": 512}
+    for (policy, reference, _, name), flags in zip(cases, ours):
+        paths |= {"pretrain": policy, "ref_pretrain": reference, "save_path": str(tmp_path / name)}
+        (found,) = run(**paths, **flags)
+        theirs = json.loads((tmp_path / f"{name}.json").read_text())
         for key in ("loss", "kl", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"):
-            assert ours[key] == pytest.approx(logs[name][key], abs=1e-4, rel=1e-5), (name, key)
+            assert found[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-5), (name, key)
