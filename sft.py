@@ -361,9 +361,10 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                if not isinstance(rows[i], dict):
+                row = rows[i]
+                if not isinstance(row, dict):
                     raise ValueError("a row must be an object")
-                example |= encode_row(rows[i], tokenizer, args)
+                example |= encode_row(row, tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
