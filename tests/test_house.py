@@ -126,7 +126,7 @@ def module_level(scripts):
             constant = isinstance(node, ast.Assign) and re.match(r"[A-Z_0-9]+ = ", code)
             definition = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            allowed = code.startswith(("os.environ.setdefault(", "if __name__ == '__main__':"))
+            allowed = code.startswith(("os.environ.setdefault(", "if __name__ == "))
             if not (constant or definition or docstring or allowed):
                 bad.append(f"{name}:{node.lineno}: runs at import: {code[:60]}")
     return bad
