@@ -92,7 +92,9 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs; may be deleted
+    cache_dir: str = (
+        "~/.cache/flatalign"  # encoded rows and what else the next run finds again; may be deleted
+    )
     prompt_key: str | None = None  # column of the prompt; default: a known one, or the responses include it
     chosen_key: str = "chosen"  # column of the preferred response: text, messages, or a whole conversation
     rejected_key: str = "rejected"  # column of the other response, in the same form
