@@ -80,14 +80,15 @@ def test_splits_give_the_same_steps(tiny, tmp_path):
     """Micro-batch, packing, ZeRO stage, checkpointing, 1 and 2 ranks: 3 steps, the last of 10 rows."""
     paths = {"pretrain": tiny, "dataset": write_rows(tmp_path / "rows.jsonl", ROWS)}
     paths["cache_dir"] = str(tmp_path)
-    runs = {name: run(**paths, **flags, save_path=str(tmp_path / name)) for name, flags in SPLITS.items()}
-    two = {f"two-{name}": {**SETTINGS, **paths, **flags} for name, flags in SPLITS.items()}
-    configs = [{**flags, "save_path": str(tmp_path / name)} for name, flags in two.items()]
+    runs, configs = {}, []
+    for name, flags in SPLITS.items():
+        runs[name] = run(**paths, **flags, save_path=str(tmp_path / name))
+        configs.append({**SETTINGS, **paths, **flags, "save_path": str(tmp_path / f"two-{name}")})
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch = str(Path(__file__).parent / "launch.py")
-    subprocess.run([*command, launch, "kto", str(tmp_path / "configs.json")], check=True, timeout=300)
-    runs |= {name: read_metrics(tmp_path / name) for name in two}
+    command += [Path(__file__).parent / "launch.py", "kto", tmp_path / "configs.json"]
+    subprocess.run(command, check=True, timeout=300)
+    runs |= {f"two-{name}": read_metrics(tmp_path / f"two-{name}") for name in SPLITS}
     first = runs["micro8"]
     assert len(first) == 3 and abs(first[0]["loss"] - 0.5) < 1e-6
     assert first[0]["kl"] == 0 and first[1]["kl"] > 1e-3
@@ -138,12 +139,7 @@ def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, tmp_path):
 def test_labels_are_read_strictly(tiny, tmp_path, capsys):
     assert all(kto.read_label(value) is True for value in (True, 1, 1.0, "True", "true", "1"))
     assert not any(kto.read_label(value) for value in (False, 0, 0.0, "False", "false", "0"))
-    for label, words in (
-        ("good", "bad.jsonl:2: its label"),
-        (None, "its label"),
-        (0.9, "its label"),
-        (1, "and 0"),
-    ):
+    for label, words in {"good": "bad.jsonl:2: its label", 0.9: "its label", 1: "2 desirable and 0"}.items():
         bad = [ROWS[1], {**ROWS[2], "label": label}]
         with pytest.raises(SystemExit):
             run(pretrain=tiny, dataset=write_rows(tmp_path / "bad.jsonl", bad), save_path=str(tmp_path / "x"))
@@ -152,23 +148,21 @@ def test_labels_are_read_strictly(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["sampled", "hh-rlhf"])
 def test_a_pair_becomes_two_rows(kind, tiny, tokenizer, tmp_path):
-    pair = {"prompt": "Say it.\n", "chosen": "red river", "rejected": "old stone"}
-    responses = ["red river<eos>", "old stone"]  # what the sampler cut is trained without EOS
-    pair["rejected_finish_reason"] = "length"
-    if kind == "hh-rlhf":
-        pair = {key: f"\n\nHuman: Say it.\n\nAssistant:{pair[key]}" for key in ("chosen", "rejected")}
-        responses = ["red river<eos>", "old stone<eos>"]
+    prompt, end = ("", "") if kind == "sampled" else ("\n\nHuman: Say it.\n\nAssistant:", "<eos>")
+    pair = {"chosen": f"{prompt}red river", "rejected": f"{prompt}old stone"}
+    if kind == "sampled":  # what the sampler cut is trained without EOS
+        pair |= {"prompt": "Say it.\n", "rejected_finish_reason": "length"}
     data = write_rows(tmp_path / "pairs.jsonl", [pair] * 3)
     args = kto.Args(pretrain=tiny, dataset=data, cache_dir=str(tmp_path))
     table = kto.load_examples(data, None, "train", tokenizer, args)
     assert table["desirable"] == [True, False] * 3 and len(set(table["prompt_hash"])) == 1
     found = [example["input_ids"][example["trained"]] for example in kto.fetch(table, [0, 1])]
-    assert [tokenizer.decode(ids) for ids in found] == responses
+    assert [tokenizer.decode(ids) for ids in found] == ["red river<eos>", f"old stone{end}"]
 
 
 def test_resumed_is_bit_identical(tiny, tmp_path, monkeypatch):
-    flags = {"pretrain": tiny, "dataset": write_rows(tmp_path / "rows.jsonl", ROWS), "save_steps": 4}
-    flags["max_epochs"] = 2
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = {"pretrain": tiny, "dataset": data, "max_epochs": 2, "save_steps": 4}
     run(**flags, save_path=str(tmp_path / "whole"))
     monkeypatch.setattr(kto, "console_line", lambda step, *_: "" if step < 6 else sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):
@@ -189,8 +183,8 @@ for name, options in theirs.items():
     model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (policy, reference))
     args = KTOConfig(folder, per_device_train_batch_size=8, max_steps=1, logging_steps=1, max_length=512, bf16=False,
                      use_cpu=True, report_to="none", gradient_checkpointing=False, save_strategy="no", **options)
-    tokenizer, data = AutoTokenizer.from_pretrained(policy), Dataset.from_list(rows)
-    trainer = KTOTrainer(model, ref, args=args, train_dataset=data, processing_class=tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    trainer = KTOTrainer(model, ref, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     json.dump(trainer.state.log_history[0], open(f"{folder}/{name}.json", "w"))
 """
