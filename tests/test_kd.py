@@ -91,7 +91,7 @@ def test_kd_coef_zero_is_sft(tiny, teacher, rows, tmp_path):
 def test_splits_and_topk_give_the_same_steps(tiny, teacher, rows, tmp_path):
     """Micro-batch, ZeRO stage, packing, ranks, live or cached (K = vocabulary) teacher: 3 steps to 1e-5."""
     base = {"pretrain": tiny, "teacher_model": teacher, "dataset": rows, "kd_temperature": 2.0, "kd_loss": "jsd"}
-    base["teacher_cache"] = str(tmp_path / "cache")
+    base["cache_dir"] = str(tmp_path / "cache")
     splits = {
         "micro8": {},
         "micro1": {"micro_train_batch_size": 1},
@@ -119,7 +119,7 @@ def test_splits_and_topk_give_the_same_steps(tiny, teacher, rows, tmp_path):
 
 def test_topk_is_a_lower_bound_that_grows_with_k(tiny, teacher, rows, tmp_path, capsys):
     flags = {"pretrain": tiny, "teacher_model": teacher, "dataset": rows, "max_samples": 20}
-    flags["teacher_cache"] = str(tmp_path / "cache")
+    flags["cache_dir"] = str(tmp_path / "cache")
     losses = [run(**flags, teacher_topk=k, save_path=str(tmp_path / f"k{k}"))[0]["kd_loss"] for k in (1, 16, 64, 0)]
     assert losses == sorted(losses) and losses[2] > 0.3 * losses[3]  # merging outcomes only hides divergence
     capsys.readouterr()
