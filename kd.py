@@ -230,19 +230,6 @@ def open_rows(name, split):
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
 
 
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
-
-
 # --- text and tokens. A ValueError says why a row cannot be used
 
 
@@ -366,7 +353,12 @@ def choose_keys(name, row, args):
     layouts += [("question", "answer"), ("question", "response"), ("text", None)]
     if "finish_reason" in row:  # rows of batch_infer.py, which may hold messages too
         layouts = [("input", "output")]
-    return find_keys(name, row, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
+    if args.input_key:
+        layouts = [(args.input_key, args.output_key)]
+    for keys in layouts:
+        if set(keys) - {None} <= set(row):
+            return keys
+    die(f"dataset {name!r} has the columns {', '.join(row)}: choose with --input_key, --output_key")
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
@@ -776,7 +768,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
@@ -937,7 +933,7 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- frozen models: what they give is computed once, kept in --cache_dir and memory-mapped
+# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
 
 
 class PerToken:
@@ -953,53 +949,43 @@ class PerToken:
 
 
 def cache_file(kind, decides, args):
-    """(path in --cache_dir for what the list decides, whether it is there)."""
+    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     file = Path(args.cache_dir, f"{kind}-{key}.npy")
     found = [file.exists()]
-    dist.broadcast_object_list(found)  # as rank 0 sees it
+    dist.broadcast_object_list(found)
     return file, found[0]
 
 
 @torch.no_grad()
-def block_values(engine, examples, pack_fn, args):
-    """What the engine gives for the trained tokens of some examples, [N, ...]; each rank computes a share."""
-    parts = {}
-    most = 4 * args.micro_train_batch_size  # without a gradient, more fits
-    for members in split_step([example["length"] for example in examples], most):
+def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args):
+    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
+
+    examples_of(indices) -> examples. Each rank writes the values of its share into one file, which appears
+    by rename: several nodes need a shared disk.
+    """
+    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
+    dist.broadcast_object_list(partial)
+    if dist.get_rank() == 0:
+        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
+    dist.barrier()
+    output = np.load(partial[0], mmap_mode="r+")
+    ends = np.cumsum(n_trained)
+    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
+    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
         members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
-        values = engine(pack_fn([examples[j] for j in members], engine.device))
-        sizes = [examples[j]["n_trained"] for j in members]
-        parts |= zip(members, values.float().split(sizes))
-    ends = np.cumsum([example["n_trained"] for example in examples])
-    block = torch.full((int(ends[-1]), *values.shape[1:]), -torch.inf, device=engine.device)
-    for j, part in parts.items():
-        block[ends[j] - len(part) : ends[j]] = part
-    dist.all_reduce(block, op=dist.ReduceOp.MAX)
-    return block.cpu().numpy()
-
-
-def write_values(file, engine, fetch_fn, n_trained, pack_fn, args):
-    """Writes block_values of all examples, fetch_fn(indices), to a file that PerToken reads."""
-    rank, written = dist.get_rank(), 0
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    size = 32 * args.micro_train_batch_size * dist.get_world_size()  # examples of a block
-    quiet = rank != 0 or not sys.stderr.isatty()
-    for first in tqdm.tqdm(range(0, len(n_trained), size), file.stem[:12], disable=quiet):
-        indices = np.arange(first, min(first + size, len(n_trained)))
-        block = block_values(engine, fetch_fn(indices), pack_fn, args)
-        if rank == 0 and first == 0:
-            shape = (int(n_trained.sum()), *block.shape[1:])
-            output = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        if rank == 0:
-            output[written : written + len(block)] = block
-            written += len(block)
-    if rank == 0:
-        output.flush()
-        os.replace(partial, file)
+        examples = examples_of(members)
+        values = engine(pack_fn(examples, engine.device)).float().cpu().numpy()
+        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
+            output[ends[i] - len(part) : ends[i]] = part
+    output.flush()
     for p in engine.parameters():
         if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
             p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.replace(partial[0], file)
     dist.barrier()
 
 
@@ -1033,16 +1019,19 @@ def start_teacher(vocab_size, args, device):
 
 def teacher_topk(table, vocab_size, args, device):
     """PerToken of a table's examples with rows of --teacher_topk, [n_trained, 2k + 1]: see Teacher."""
-    path, n_trained = args.teacher_model, column(table, "n_trained")
+    path = args.teacher_model
     decides = [table._fingerprint, path, stamp(path), args.bf16, args.teacher_topk, args.kd_temperature]
     file, found = cache_file("topk", decides, args)
+    lengths, n_trained = column(table, "length"), column(table, "n_trained")
     if not found:
         engine = start_teacher(vocab_size, args, device)
 
         def pack_fn(examples, device):
             return pack_rows(examples, device) | {"targets": None}
 
-        write_values(file, engine, functools.partial(fetch, table), n_trained, pack_fn, args)
+        width = (2 * min(args.teacher_topk, vocab_size) + 1,)
+        examples_of = functools.partial(fetch, table)
+        write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args)
     return PerToken(file, n_trained)
 
 
@@ -1085,9 +1074,9 @@ def difference(folder, identity):
 
 
 def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
+    """Folders of all complete checkpoints, newest first."""
     folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def publish(args):
@@ -1129,12 +1118,12 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
+    for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
         note(f"resume {folder}")
-        return step
+        return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
     partial.mkdir()
     return 0
@@ -1147,7 +1136,7 @@ def save_checkpoint(engine, args, step, identity):
     if dist.get_rank() == 0:
         write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -1221,14 +1210,10 @@ def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels["grad_norm"] = "grad"
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in labels.items() if name in metrics]
-    if "lr" in metrics:
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tok/s")
-        parts.append(
-            f"{metrics['peak_mem_gib']:.1f} GiB  left {datetime.timedelta(seconds=int(seconds_left))}"
-        )
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):
