@@ -1019,8 +1019,8 @@ def start_teacher(vocab_size, args, device):
 
 def teacher_topk(table, vocab_size, args, device):
     """PerToken of a table's examples with rows of --teacher_topk, [n_trained, 2k + 1]: see Teacher."""
-    path = args.teacher_model
-    decides = [table._fingerprint, path, stamp(path), args.bf16, args.teacher_topk, args.kd_temperature]
+    path, k = args.teacher_model, min(args.teacher_topk, vocab_size)
+    decides = [table._fingerprint, path, stamp(path), args.bf16, k, args.kd_temperature]
     file, found = cache_file("topk", decides, args)
     lengths, n_trained = column(table, "length"), column(table, "n_trained")
     if not found:
@@ -1029,10 +1029,12 @@ def teacher_topk(table, vocab_size, args, device):
         def pack_fn(examples, device):
             return pack_rows(examples, device) | {"targets": None}
 
-        width = (2 * min(args.teacher_topk, vocab_size) + 1,)
         examples_of = functools.partial(fetch, table)
-        write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args)
-    return PerToken(file, n_trained)
+        write_values(file, engine, examples_of, lengths, n_trained, (2 * k + 1,), pack_fn, args)
+    rows = PerToken(file, n_trained)
+    rest = np.exp(rows.values[:10_000, k]).mean()
+    note(f"top {k}  {file}: all other tokens hold {rest:.2%} of the teacher's probability")
+    return rows
 
 
 # --- files. A folder is written beside and renamed; its last file, args.json, says which run made it
