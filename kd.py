@@ -21,7 +21,6 @@ A data row: as for sft.py, {"input": "Q: 2+2?\\nA:", "output": " 4"} or {"messag
 Commands:
     python kd.py --pretrain STUDENT --teacher_model TEACHER --dataset rows.jsonl --save_path runs/kd
     deepspeed --num_gpus 8 kd.py --pretrain STUDENT --teacher_model TEACHER --dataset x.jsonl --zero_stage 3
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 kd.py ...
     python kd.py --pretrain runs/toy/toy/policy_init --teacher_model runs/toy/toy/policy \\
         --dataset runs/toy/toy/sft.jsonl --no-bf16                                               # smoke run
 """
@@ -635,9 +634,8 @@ def real_logits(logits, vocab_size, temperature):
 def top_and_rest(logits, ids):
     """Logits [C, V], ids [C, K] -> log-probs [C, K + 1]: of these K tokens, and of all others together."""
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-    outcomes = torch.cat([logits.gather(1, ids), rest], 1)
-    # Where K tokens are all there are, 0 * (-inf - -inf) would be NaN; e^-100 is nothing in fp32.
-    return outcomes.log_softmax(1).clamp(min=-100)
+    rest = rest.clamp(min=-1e4)  # -inf where K tokens are all there are: 0 * (-inf - -inf) would be NaN
+    return torch.cat([logits.gather(1, ids), rest], 1).log_softmax(1)
 
 
 class Teacher(LogProbs):
@@ -646,9 +644,10 @@ class Teacher(LogProbs):
     the top-k table [N, 2k + 1]: log-probs of the k likeliest tokens and of all others together, then k ids.
     """
 
-    def __init__(self, model, k, vocab_size, temperature):
+    def __init__(self, model, vocab_size, args):
         super().__init__(model)
-        self.k, self.vocab_size, self.temperature = min(k, vocab_size), vocab_size, temperature
+        self.vocab_size, self.temperature = vocab_size, args.kd_temperature
+        self.k = min(args.teacher_topk, vocab_size)
 
     def chunk_topk(self, weight, bias, hidden):
         logits = real_logits(self.logits(weight, bias, hidden), self.vocab_size, self.temperature)
@@ -665,15 +664,15 @@ class Teacher(LogProbs):
 class DistillLogProbs(LogProbs):
     """The student as forward(pack) -> [N, 2], nats: cross-entropy and divergence at each trained token.
 
-    teacher: a Teacher; None where pack["teacher"] has rows of the top-k table, [N, 2k + 1].
+    teacher: its engine; None where pack["teacher"] has rows of the top-k table, [N, 2k + 1].
     """
 
     def __init__(self, model, teacher, vocab_size, args):
         super().__init__(model)
         self.vocab_size, self.kd_loss, self.temperature = vocab_size, args.kd_loss, args.kd_temperature
-        self.teacher = [teacher]  # in a list: no part of the student
+        self.teacher = [getattr(teacher, "module", teacher)]  # in a list: no part of the student
         if teacher is not None:
-            head = teacher.parts[1]
+            head = self.teacher[0].parts[1]
             # Under ZeRO-3 a whole copy: ranks run different numbers of chunks, and a gather needs them all.
             with deepspeed.zero.GatheredParameters(list(head.parameters())):
                 whole = [p.detach().clone() if hasattr(p, "ds_id") else p.detach() for p in head.parameters()]
@@ -1022,8 +1021,7 @@ def check_rows(engine, args):
 
 def start_teacher(vocab_size, args, device):
     """The teacher's engine, frozen and checked."""
-    options = {"k": args.teacher_topk, "vocab_size": vocab_size, "temperature": args.kd_temperature}
-    wrapper = functools.partial(Teacher, **options)
+    wrapper = functools.partial(Teacher, vocab_size=vocab_size, args=args)
     engine = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
     check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the student's alone
     return engine
@@ -1266,8 +1264,7 @@ def main(args):
         for table in filter(len, (examples, held_out)):
             topk[table._fingerprint] = teacher_topk(table, vocab_size, args, device)
     else:
-        teacher_engine = start_teacher(vocab_size, args, device)
-        teacher = getattr(teacher_engine, "module", teacher_engine)
+        teacher = start_teacher(vocab_size, args, device)
     wrapper = functools.partial(DistillLogProbs, teacher=teacher, vocab_size=vocab_size, args=args)
     engine = start_engine(args, total_steps, wrapper)
     check_rows(engine, args)
