@@ -75,7 +75,8 @@ def mean_and_interval(name, groups, draws=2000):
     sums = np.array([sum(group) for group in groups])
     counts = np.array([len(group) for group in groups])
     # Only prompts are independent, so the bootstrap redraws them, not samples.
-    drawn = np.random.default_rng(0).integers(0, len(groups), (draws, len(groups)))
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(groups), (draws, len(groups)))
     low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return {name: float(sums.sum() / counts.sum()), f"{name}_low": float(low), f"{name}_high": float(high)}
 

@@ -40,7 +40,6 @@ def test_numbers():
 
 
 def test_interval_redraws_prompts_not_samples():
-    # 2 prompts of 500 equal samples: only prompts are independent, so the interval spans both
     result = plot.mean_and_interval("x", [[0.0] * 500, [1.0] * 500])
     assert result == {"x": 0.5, "x_low": 0.0, "x_high": 1.0}
     result = plot.mean_and_interval("x", [[float(i % 2)] for i in range(400)])
@@ -75,7 +74,6 @@ def test_table_picture_and_samples(tmp_path, capsys):
 
 
 def test_kl_divergences(tmp_path, capsys):
-    """Means of differences of log-probs; a sample without one (null) is in none; nothing was scored."""
     for k in range(2):
         write(tmp_path / f"iter_{k}", make_rows([[None, None]]), "generate")
         logps = {"policy": [-1.0, -2.0], "first": [-2.0, None], "teacher": [-3.0 + k, -6.0]}
