@@ -63,7 +63,7 @@ add_flags() { # add_flags COMMAND SETTING SCRIPT: checked, the words of the sett
   xargs -r true <<<"${!2}" 2>/dev/null || die "$2: a quote is not closed: ${!2}"
   mapfile -t words < <(xargs -r printf '%s\n' <<<"${!2}")
   command+=("${words[@]}")
-  printf -v "$2" %s "${words[*]}"
+  printf -v "$2" %s "${words[*]}" # for OUT/settings
   for word in "${words[@]}"; do
     if [[ $word == --* ]]; then
       flag=${word#--} flag=${flag%%=*} flag=${flag//-/_}
@@ -97,9 +97,9 @@ fi
 generate+=(--dataset "$PROMPT_DATASET" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --best_of_n "$BEST_OF_N")
 score=("${ranks[@]}" "${infer[@]}" rm ${RM_MODEL_PATH:+--pretrain "$RM_MODEL_PATH"})
 logps=("${ranks[@]}" "${infer[@]}" logps --max_len 1000000 --max_drop_ratio 1 --micro_batch_size 4)
-train=("${ranks[@]}" "$here/$trainer" "${bf16[BF16]}")
+train=("${ranks[@]}" "$here/$trainer" "${bf16[BF16]}") reference=${REF_MODEL_PATH:-$POLICY_MODEL_PATH}
 [[ $METHOD != distill ]] || train+=(--teacher_model "$TEACHER_MODEL_PATH" --kd_loss reverse_kl --kd_coef 1)
-[[ $METHOD$REF != iter_dpoinit ]] || train+=(--ref_pretrain "${REF_MODEL_PATH:-$POLICY_MODEL_PATH}")
+[[ $METHOD$REF != iter_dpoinit || $TRAIN_FLAGS == *simpo* ]] || train+=(--ref_pretrain "$reference") # SimPO has none
 add_flags generate GENERATE_FLAGS batch_infer.py
 add_flags score RM_FLAGS batch_infer.py
 add_flags train TRAIN_FLAGS "$trainer"
@@ -112,7 +112,7 @@ run() { # run COMMAND...: DRY_RUN prints it
 declare -A links=([generate.jsonl]=$GENERATE_OUTPUT [rm.jsonl]=$RM_OUTPUT [model]=$MODEL_OUTPUT_PATH)
 stage() { # stage COMMAND... RESULT: runs the command unless its result, its last word, is there and whole
   local result=${!#} link=${links[$(basename "${!#}")]:-}
-  if [[ -e $result && ! -e $result.partial ]]; then echo "# $result: done before"; return; fi
+  if [[ -e $result && ! -e $result.partial && ! -e $result.ckpt ]]; then echo "# $result: done before"; return; fi
   echo "# $result"
   run "$@"
   ((DRY_RUN)) || [[ -z $link ]] || { mkdir -p "$(dirname "$link")" && cp -rsfT "$(realpath "$result")" "$link"; }
@@ -123,13 +123,13 @@ measure() { # measure NAME MODEL: log-probs of the samples under a model, for th
 if ((!DRY_RUN)); then # one loop per OUT, and always with the same settings
   { mkdir -p "$OUT" && exec {lock}>>"$OUT/.lock"; } 2>/dev/null || die "OUT=$OUT cannot be written"
   { flock -w 5 "$lock" && echo $$ >"$OUT/.lock"; } || die "OUT=$OUT is in use by process $(<"$OUT/.lock")"
-  declare -p METHOD {POLICY,RM,TEACHER,REF}_MODEL_PATH {PROMPT,SFT}_DATASET CSFT_PROMPTS REF BF16 KL ROLLOUT_BATCH_SIZE \
-    BEST_OF_N {GENERATE,RM,DATA,TRAIN}_FLAGS | sed -E 's/declare \S+ //; s/(--use[_-]wandb)[= ][^ "]+/\1/' >"$OUT/.now"
+  declare -p METHOD {POLICY,RM,TEACHER,REF}_MODEL_PATH {PROMPT,SFT}_DATASET CSFT_PROMPTS REF BF16 ROLLOUT_BATCH_SIZE \
+    BEST_OF_N KL {GENERATE,RM,DATA,TRAIN}_FLAGS | sed -E 's/declare \S+ //; s/(--use[_-]wandb)[= ]\S+/\1/' >"$OUT/.now"
   find -L "${inputs[@]:-/dev/null}" -samefile "$OUT" -prune -o -type f -printf '%p %s %T@\n' | sort >>"$OUT/.now"
   (cd "$here" && sha256sum iterate.sh batch_infer.py "$trainer") >>"$OUT/.now"
   [[ -e $OUT/settings ]] || cp "$OUT/.now" "$OUT/settings"
   changed=$(diff "$OUT/settings" "$OUT/.now" | sed -n 's/^< /was: /p; s/^> /now: /p' | paste -sd ' ') || true
-  [[ -z $changed ]] || die "OUT=$OUT: $changed; set it back, or choose another OUT"
+  [[ -z $changed ]] || die "OUT=$OUT: $changed; set it back, take another OUT, or edit $OUT/settings"
 fi
 
 # --- the loop
@@ -157,4 +157,4 @@ for ((k = 0; k <= TRAINING_ITERS; k++)); do # N trainings lie between N + 1 meas
   stage "${train[@]}" --pretrain "$policy" --dataset "$dir/$rows" --save_path "$dir/model"
   policy=$dir/model
 done
-run python "$here/examples/plot.py" --out "$OUT" --pretrain "$POLICY_MODEL_PATH" "${truth[@]}"
+run python "$here/examples/plot.py" --out "$OUT" "${truth[@]}"
