@@ -6,7 +6,7 @@ set -euo pipefail
 die() { echo "error: $*" >&2; exit 2; }
 
 # --- settings: environment variables
-case ${METHOD:=raft} in # what is trained, on what
+case ${METHOD:=raft} in # what is trained, on what; in brackets the paper on arXiv
   raft) trainer=sft.py choose=rs rows=rm.jsonl needed=RM_MODEL_PATH ;;           # the best of n samples (2304.06767)
   iter_dpo) trainer=dpo.py choose=iter_dpo rows=rm.jsonl needed=RM_MODEL_PATH ;; # best against worst (2405.07863)
   distill) trainer=kd.py choose=null rows=generate.jsonl needed=TEACHER_MODEL_PATH ;; # all, to a teacher (2306.13649)
@@ -51,8 +51,7 @@ for name in {POLICY,RM,TEACHER,REF}_MODEL_PATH {PROMPT,SFT}_DATASET; do
   [[ -n $toy ]] || IFS=, read -ra paths <<<"${!name}" # the toy is made later
   for path in "${paths[@]}"; do
     [[ -e $path ]] || path=${path%%@*} # NAME@SUBSET
-    file=$path
-    [[ $name == *_DATASET ]] || file+=/config.json
+    [[ $name == *_DATASET ]] && file=$path || file=$path/config.json
     [[ -s $file || $path =~ ^[[:alnum:]][^/]*/[^/]+$ && ! -d ${path%%/*} ]] || die "$name: $file is not there, or empty"
     [[ ! -e $path ]] || inputs+=("$path")
   done
@@ -85,8 +84,9 @@ if ((NUM_GPUS > 1)); then
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | grep -oP "^GPU \K\d+" | paste -sd,)}"
   ((${#gpus[@]} == 0 || ${#gpus[@]} >= NUM_GPUS)) || die "NUM_GPUS=$NUM_GPUS, but there are ${#gpus[@]}: ${gpus[*]}"
   ((${#gpus[@]} > 0)) || echo "notice there is no GPU: NUM_GPUS=$NUM_GPUS processes run on the CPU" >&2
-  ranks=(deepspeed ${MASTER_PORT:+--master_port "$MASTER_PORT"} --num_gpus "$NUM_GPUS") # visible or not: the first ones
-  [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || ranks[-2]=--include ranks[-1]=localhost:$(IFS=,; echo "${gpus[*]:0:NUM_GPUS}")
+  which=(--num_gpus "$NUM_GPUS") # the first of all GPUs, visible or not
+  [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || which=(--include "localhost:$(IFS=,; echo "${gpus[*]:0:NUM_GPUS}")")
+  ranks=(deepspeed "${which[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"}) # a port per loop on the same machine
 fi
 infer=("$here/batch_infer.py" "${bf16[BF16]}" --eval_task)
 generate=(python "${infer[@]}" generate_vllm)

@@ -213,7 +213,7 @@ def test_dry_run_and_gpus(tmp_path):
     assert err == "notice there is no GPU: NUM_GPUS=2 processes run on the CPU\n"
     assert calls()[0] == [] and not Path("out").exists()
     out, _ = run(**settings | {"CUDA_VISIBLE_DEVICES": "4,5,6", "MASTER_PORT": 29600})
-    assert "deepspeed --master_port 29600 --include localhost:4\\,5 " in out
+    assert "deepspeed --include localhost:4\\,5 --master_port 29600 " in out
     Path("nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
     Path("nvidia-smi").chmod(0o755)
     _, err = run(code=2, NUM_GPUS=2, PATH=f"{tmp_path}:{PATH}")
