@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def load_script(name):
-    """The module of a top-level script, or of the copy that an environment variable like DPO names."""
+    """The module of a script, or of the copy that the environment names: KD=my_kd.py tests my_kd.py."""
     path = Path(__file__).parent.parent / os.environ.get(name.upper(), f"{name}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
