@@ -78,9 +78,8 @@ def test_order_spreads_both_classes():
 
 def test_splits_give_the_same_steps(tiny, tmp_path):
     """Micro-batch, packing, ZeRO stage, checkpointing, 1 and 2 ranks: 3 steps, the last of 10 rows."""
-    paths = {"pretrain": tiny, "dataset": write_rows(tmp_path / "rows.jsonl", ROWS)}
-    paths["cache_dir"] = str(tmp_path)
-    runs, configs = {}, []
+    data, runs, configs = write_rows(tmp_path / "rows.jsonl", ROWS), {}, []
+    paths = {"pretrain": tiny, "dataset": data, "cache_dir": str(tmp_path)}
     for name, flags in SPLITS.items():
         runs[name] = run(**paths, **flags, save_path=str(tmp_path / name))
         configs.append({**SETTINGS, **paths, **flags, "save_path": str(tmp_path / f"two-{name}")})
@@ -90,8 +89,7 @@ def test_splits_give_the_same_steps(tiny, tmp_path):
     subprocess.run(command, check=True, timeout=300)
     runs |= {f"two-{name}": read_metrics(tmp_path / f"two-{name}") for name in SPLITS}
     first = runs["micro8"]
-    assert len(first) == 3 and abs(first[0]["loss"] - 0.5) < 1e-6
-    assert first[0]["kl"] == 0 and first[1]["kl"] > 1e-3
+    assert abs(first[0]["loss"] - 0.5) < 1e-6 and first[0]["kl"] == 0 and first[1]["kl"] > 1e-3
     for name, steps in runs.items():
         for step, known in zip(steps, first, strict=True):
             for key in ("loss", "kl", "grad_norm", "rewards/margins", "logps/chosen"):
@@ -174,17 +172,15 @@ def test_resumed_is_bit_identical(tiny, tmp_path, monkeypatch):
 
 
 TRL = """
-import json, sys
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import KTOConfig, KTOTrainer
+import datasets, json, sys, transformers, trl
 folder, policy, reference, theirs, rows = json.loads(sys.argv[1])
 for name, options in theirs.items():
-    model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (policy, reference))
-    args = KTOConfig(folder, per_device_train_batch_size=8, max_steps=1, logging_steps=1, max_length=512, bf16=False,
-                     use_cpu=True, report_to="none", gradient_checkpointing=False, save_strategy="no", **options)
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    trainer = KTOTrainer(model, ref, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    args = trl.KTOConfig(folder, per_device_train_batch_size=8, max_steps=1, logging_steps=1, max_length=512,
+                         bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, **options)
+    data = {"train_dataset": datasets.Dataset.from_list(rows),
+            "processing_class": transformers.AutoTokenizer.from_pretrained(policy)}
+    trainer = trl.KTOTrainer(load(policy, dtype="float32"), load(reference, dtype="float32"), args=args, **data)
     trainer.train()
     json.dump(trainer.state.log_history[0], open(f"{folder}/{name}.json", "w"))
 """
