@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer, write_rows
 from launch import load_script
+from transformers import AutoModelForCausalLM
 
 kd, sft = load_script("kd"), load_script("sft")
 SETTINGS = {"bf16": False, "train_batch_size": 20, "learning_rate": 1e-3, "lr_scheduler": "constant"}
@@ -33,18 +34,19 @@ def teacher(tmp_path_factory, tokenizer):
     """A teacher that is wider than the student, its vocabulary padded further."""
     sizes = {"hidden_size": 96, "initializer_range": 0.2}
     folder = make_model(tmp_path_factory.mktemp("teacher") / "t", tokenizer, **sizes)
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(576, mean_resizing=False)
     model.save_pretrained(folder)
     return folder
 
 
+def read_metrics(save_path):
+    return [json.loads(line) for line in Path(save_path, "metrics.jsonl").read_text().splitlines()]
+
+
 def run(script=kd, **flags):
     script.main(script.Args(**{**SETTINGS, **flags}))
-    lines = (Path(flags["save_path"]) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_metrics(flags["save_path"])
 
 
 def exact(kind, p, q):
@@ -102,23 +104,21 @@ def test_splits_and_topk_give_the_same_steps(tiny, teacher, rows, tmp_path):
     """Micro-batch, ZeRO stage, packing, ranks, teacher live or in a table (K = vocabulary): 3 steps to 1e-5."""
     base = {**SETTINGS, "pretrain": tiny, "teacher_model": teacher, "dataset": rows}
     base |= {"kd_temperature": 2.0, "kd_loss": "jsd"}
+    launch = str(Path(__file__).parent / "launch.py")
     steps = {}
     for ranks in ("1", "2"):
         base["cache_dir"] = str(tmp_path / f"cache{ranks}")  # so that both write the table
         configs = [{**base, **SPLITS[name], "save_path": str(tmp_path / name / ranks)} for name in SPLITS]
         (tmp_path / "configs.json").write_text(json.dumps(configs))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
-        launch = str(Path(__file__).parent / "launch.py")
         subprocess.run([*command, launch, "kd", str(tmp_path / "configs.json")], check=True, timeout=600)
-        for config in configs:
-            lines = (Path(config["save_path"]) / "metrics.jsonl").read_text().splitlines()
-            steps[config["save_path"]] = [json.loads(line) for line in lines]
-    known, *others = steps.values()
+        steps |= {config["save_path"]: read_metrics(config["save_path"]) for config in configs}
+    known = next(iter(steps.values()))
     assert len(known) == 3 and known[0]["kd_loss"] > 0.01
-    for name, found in zip(list(steps)[1:], others):
-        for step, wanted in zip(found, known, strict=True):
-            for key in ("loss", "kd_loss", "ce_loss", "grad_norm"):
-                assert abs(step[key] - wanted[key]) <= 1e-5 * max(1, wanted[key]), (name, key)
+    for name, found in steps.items():
+        for key in ("loss", "kd_loss", "ce_loss", "grad_norm"):
+            wanted = [step[key] for step in known]
+            assert [step[key] for step in found] == pytest.approx(wanted, rel=1e-5, abs=1e-5), (name, key)
 
 
 @pytest.mark.parametrize("k", [3, 40])
