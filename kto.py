@@ -1045,7 +1045,7 @@ def reference_rows(tables, args, device):
         file, found = cache_file("logps", decides, args)
         if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
-            check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the policy's alone
+            check_rows(engine, args)
             write_values(file, engine, rows.fetch, rows.lengths, rows.n_trained, (), pack_rows, args)
             del engine  # before another one is loaded
         rows.ref_logps = PerToken(file, rows.n_trained)
