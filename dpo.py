@@ -92,9 +92,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = (
-        "~/.cache/flatalign"  # encoded rows and what else the next run finds again; may be deleted
-    )
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else a next run finds; may be deleted
     prompt_key: str | None = None  # column of the prompt; default: a known one, or the responses include it
     chosen_key: str = "chosen"  # column of the preferred response: text, messages, or a whole conversation
     rejected_key: str = "rejected"  # column of the other response, in the same form
@@ -104,7 +102,7 @@ class Args:
     # --- loss
 
     loss_type: str = "sigmoid"  # sigmoid, robust, hinge, ipo or simpo: their formulas stand above
-    beta: float = 0.1  # how closely the policy keeps to the reference; 2 to 10 for means per token
+    beta: float = 0.1  # how closely the policy keeps to the reference
     label_smoothing: float = 0.0  # assumed share of wrong labels, 0 to 0.5, with sigmoid (cDPO) or robust
     ipo: bool = False  # old name of --loss_type ipo
     ipo_sum: bool = False  # IPO with summed log-probs in place of means per token
@@ -969,7 +967,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)

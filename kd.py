@@ -89,9 +89,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = (
-        "~/.cache/flatalign"  # encoded rows and what else the next run finds again; may be deleted
-    )
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else a next run finds; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
@@ -913,7 +911,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
@@ -1027,7 +1025,7 @@ def start_teacher(vocab_size, args, device):
     """The teacher's engine, frozen and checked."""
     wrapper = functools.partial(Teacher, vocab_size=vocab_size, args=args)
     engine = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
-    check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the student's alone
+    check_rows(engine, args)
     return engine
 
 
