@@ -685,7 +685,9 @@ def response_sums(engine, examples):
 def kto_z0(engine, mismatched, args):
     """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
     total = torch.zeros((), device=engine.device)
-    for members in split_step([example["length"] for example in mismatched], 4 * args.micro_train_batch_size):
+    lengths = [example["length"] for example in mismatched]
+    max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
+    for members in split_step(lengths, args.micro_train_batch_size, max_tokens):
         batch = [mismatched[j] for j in members] or mismatched[:1]
         weight = 1.0 if len(members) else 0.0
         total += weight * response_sums(engine, batch)[0].sum()
