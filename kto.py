@@ -891,7 +891,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
@@ -1047,7 +1047,7 @@ def reference_rows(tables, args, device):
         file, found = cache_file("logps", decides, args)
         if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
-            check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the policy's alone
+            check_rows(engine, args)
             write_values(file, engine, rows.fetch, rows.lengths, rows.n_trained, (), pack_rows, args)
             del engine  # before another one is loaded
         rows.ref_logps = PerToken(file, rows.n_trained)
