@@ -1,30 +1,27 @@
-"""Batch inference in one file: samples of a policy (generate_vllm, generate), rewards (rm), log-probs (logps).
+"""Batch inference in one file: samples of a policy (generate_vllm, generate), rewards (rm), log-probs.
 
 Rows are JSON lines; a stage keeps the columns it finds. sft.py and dpo.py know these rows without flags:
     generate  {"id": 7, "sample": 0, "input": "2+2=", "output": "4", "finish_reason": "stop", "tokens": 1}
     rm        the same and "reward": 1.25; null where a row cannot be scored (too long, no response)
-    logps     the same and "logps": -31.4, log pi(output | input) in summed nats, of "tokens" with EOS
-id is the row's index in --dataset. input is what the model saw, with chat template and BOS; messages is there
-too where the prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or the length
-ran out ("length").
+    logps     the same and "logps": -31.4, log pi(output | input) in nats over "tokens", EOS included
+id: the row's index in --dataset. input: what the model saw, with template and BOS; messages too, where the
+prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or not ("length").
 
- 1. Results reach the disk as they come, in <output_path>.partial/. Killed at any moment, the same command does
-    the rest. The output appears by rename, beside it <output_path>.meta.json: what made it.
- 2. A prompt is read once for all its samples, in generating and in scoring.
- 3. Prompts and responses are used whole or not at all; what is left out is counted.
- 4. A reward model reads what it was trained on. Plain text: prompt, response, EOS (not where it was cut).
-    --apply_chat_template: messages in its own template, with an OpenRLHF head up to EOS. Hugging Face heads look
-    at the last token that is no padding, OpenRLHF heads at the last; (score - mean) / std of config.json.
- 5. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft as
-    in prompts of --csft_prompt. Rewards of such samples are those of the plain prompt (plain_input).
+ 1. Results reach the disk as they come. Killed at any moment, the same command does the rest. The output
+    appears by rename, beside it <output_path>.meta.json: what made it.
+ 2. A prompt is read once for all its samples, in generating and in scoring. Nothing is cut to fit.
+ 3. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
+    --apply_chat_template messages in its own template. Hugging Face heads look at the last token that is no
+    padding, OpenRLHF heads at EOS; rewards are (score - mean) / std where config.json has these.
+ 4. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
+    as in prompts of --csft_prompt; the samples of such prompts are scored as answers to the plain prompt.
 
-Commands:
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
     deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl \\
         --post_processor rs --output_path best.jsonl
     python batch_infer.py --eval_task rm --reward_fn examples/rewards/gsm8k.py:correct --dataset g.jsonl ...
-    python batch_infer.py --eval_task generate --pretrain runs/toy/toy/policy --dataset runs/toy/toy/prompts.jsonl \\
-        --no-bf16 --prompt_max_len 64 --max_new_tokens 64 --output_path g.jsonl          # a smoke run
+    python batch_infer.py --eval_task generate --pretrain runs/toy/toy/policy --no-bf16 --prompt_max_len 64 \\
+        --dataset runs/toy/toy/prompts.jsonl --max_new_tokens 64 --output_path g.jsonl      # a smoke run
 """
 
 import collections
@@ -47,7 +44,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -63,6 +59,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from torch import nn
+from tqdm import tqdm
 
 
 @dataclass
@@ -83,13 +80,13 @@ class Args:
 
     # --- data
 
-    dataset_probs: str | None = None  # comma list of shares of all rows, one per dataset; default: every row once
+    dataset_probs: str | None = None  # comma list of the datasets' shares of all rows; default: each row once
     dataset_split: str = "train"  # split of --dataset, where it has splits
     max_samples: int = 100_000_000  # use the first this many rows of each dataset
     max_len: int = 2048  # rm, logps: rows with more tokens of prompt + response get null
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
-    output_key: str | None = None  # rm, logps: column of the response; without it, input_key holds conversations
+    output_key: str | None = None  # rm, logps: column of the response; none: input_key holds conversations
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
     apply_chat_template: bool = False  # wrap plain text as a user and an assistant turn of the chat template
     iter: int | None = None  # iteration k: only rows k x rollout_batch_size and on, starting over at the end
@@ -112,10 +109,10 @@ class Args:
 
     # --- rewards
 
-    # comma list of FILE.py:NAME[=WEIGHT], functions (prompt, response, row) -> number, and model=WEIGHT, added up
+    # list of FILE.py:NAME[=WEIGHT], functions (prompt, response, row) -> number, and model=WEIGHT; summed
     reward_fn: str | None = None
-    reward_timeout: float = 10.0  # seconds that a call of --reward_fn may take; without an answer it gives null
-    # what becomes of the rows: rs = the best of each prompt, iter_dpo = best against worst, csft = all, conditioned
+    reward_timeout: float = 10.0  # seconds that a call of --reward_fn may take; without an answer: null
+    # what becomes of the rows: rs = best of a prompt, iter_dpo = best against worst, csft = all, conditioned
     post_processor: Literal["rs", "iter_dpo", "csft", "null"] | None = None
     rs_top_k: int = 1  # rs: keep this many of the best samples of each prompt
     min_reward: float | None = None  # rs: keep no sample with a lower reward
@@ -138,7 +135,8 @@ class Args:
     local_rank: int = -1  # set by the deepspeed launcher
 
     def __post_init__(self):
-        for name in "best_of_n prompt_max_len max_new_tokens max_len micro_batch_size tp_size dp_size".split():
+        counts = "best_of_n prompt_max_len max_new_tokens max_len micro_batch_size tp_size dp_size"
+        for name in counts.split():
             if getattr(self, name) < 1:
                 die(f"--{name} must be 1 or more, not {getattr(self, name)}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -146,31 +144,31 @@ class Args:
         if self.greedy_sampling:
             self.temperature = 0.0
         if self.temperature == 0 and self.best_of_n > 1:
-            die(f"--best_of_n {self.best_of_n}: greedy samples of a prompt are all the same; use --temperature")
-        self.post_processor = None if self.post_processor == "null" else self.post_processor
+            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
+        if self.post_processor == "null":
+            self.post_processor = None
         if self.eval_task != "rm" and (self.post_processor or self.scored_path or self.reward_fn):
-            die(f"--post_processor, --scored_path and --reward_fn belong to --eval_task rm, not {self.eval_task}")
+            die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
         if not self.pretrain and not self.reward_fn:
             die("--pretrain is missing, or for --eval_task rm --reward_fn")
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
-        self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
-        self.stop = tuple(text.replace("\\n", "\n") for text in self.stop if text)
-        if self.input_template is not None:
-            self.input_template = self.input_template.replace("\\n", "\n")
-            if "{}" not in self.input_template:
-                note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-                self.input_template = None
+        if self.input_template is not None and "{}" not in self.input_template:
+            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
+            self.input_template = None
+        for name in ("input_template", "reward_template"):  # a shell leaves two characters of "\\n"
+            setattr(self, name, (getattr(self, name) or "").replace("\\n", "\n"))
+        self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
 
 
-# Flags that do not decide the result: a stage may be resumed with others. Every other flag belongs to its identity.
-FREE_FLAGS = """output_path scored_path max_drop_ratio tp_size dp_size max_num_seqs gpu_memory_utilization flash_attn
-enable_prefix_caching zero_stage local_rank"""
+# A stage may be resumed with other values of these flags; every other flag belongs to its identity.
+FREE_FLAGS = """output_path scored_path max_drop_ratio tp_size dp_size max_num_seqs gpu_memory_utilization
+    flash_attn enable_prefix_caching zero_stage local_rank""".split()
 # Columns of our own rows; a prompt's columns with other names stay in the rows of its samples.
 OUR_COLUMNS = "id sample input output finish_reason tokens messages prompt plain_input reward rewards".split()
 PROMPT_COLUMNS = "prompt instruction input question problem messages conversations text".split()
-
-ROW_ERRORS = (ValueError, TypeError, LookupError, jinja2.TemplateError)  # they cost a row, not the run
+# These cost a row, not the run.
+ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError)
 
 
 class Item(NamedTuple):
@@ -202,9 +200,7 @@ class JsonLines:
     """Rows of a .jsonl file, each parsed when it is asked for; memory holds only where the lines begin."""
 
     def __init__(self, path):
-        self.path = path
-        self.begins = []
-        position = 0
+        self.path, self.begins, position = path, [], 0
         with open(path, "rb") as file:
             for line in file:
                 if line.strip():
@@ -226,29 +222,22 @@ def open_rows(name, split):
     kind = Path(path).suffix[1:]
     try:
         # The datasets library would guess types: "2026-01-01" becomes a date, mixed columns fail.
-        if kind in ("json", "jsonl"):
-            with open(path, "rb") as file:
-                is_list = file.read(64).lstrip(b"\xef\xbb\xbf \n").startswith(b"[")
-            return json.loads(Path(path).read_bytes()) if is_list else JsonLines(path)
-        if Path(path, "dataset_dict.json").exists() or Path(path, "state.json").exists():
+        if kind == "jsonl":
+            return JsonLines(path)
+        if kind == "json":
+            return tuple(json.loads(Path(path).read_bytes()))  # no list: see encode_table
+        if kind in ("csv", "parquet", "arrow"):
+            return datasets.load_dataset(kind, data_files=path, split="train")
+        if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
-        elif kind in ("csv", "parquet", "arrow"):
-            rows = datasets.load_dataset(kind, data_files=path)
-        elif subset and subset in datasets.get_dataset_config_names(path):
-            rows = datasets.load_dataset(path, name=subset)
-        else:
-            rows = datasets.load_dataset(path, data_dir=subset or None)
+            return rows[split] if isinstance(rows, dict) else rows
+        return datasets.load_dataset(path, subset or None, split=split)
     except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-    if not isinstance(rows, datasets.DatasetDict):
-        return rows
-    if split not in rows and len(rows) > 1:
-        die(f"dataset {name!r} has no split {split!r}; it has {', '.join(rows)}")
-    return rows[split] if split in rows else next(iter(rows.values()))
 
 
 def find_keys(name, row, given, flags, layouts):
-    """The columns to read: those that flags name (None: not given), else the first layout that row 1 fits."""
+    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
     for key, flag in zip(given, flags):
         if key and key not in row:
             die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
@@ -271,7 +260,7 @@ def choose_keys(name, row, args):
 
 
 def load_rows(args):
-    """The rows of all datasets, one after another; --dataset_probs: the shares that they get of as many rows."""
+    """The rows of all datasets, one after another; --dataset_probs: their shares of as many rows."""
     names = [name.strip() for name in args.dataset.split(",")]
     tables = []
     for name in names:
@@ -302,7 +291,7 @@ def read_pair(row, keys):
 
 
 def collect(rows, indices, make, args):
-    """The Items that make(index, row) gives for the rows. What cannot be used is told; too much of it stops."""
+    """The Items that make(index, row) gives for the rows. What cannot be used is told; too many stop."""
     items, reasons = [], collections.defaultdict(list)
     for i in indices:
         try:
@@ -312,7 +301,8 @@ def collect(rows, indices, make, args):
     n_dropped = sum(len(members) for members in reasons.values())
     told = ", ".join(f"{len(members):,} x {reason} (row {members[0]})" for reason, members in reasons.items())
     if n_dropped > args.max_drop_ratio * len(indices) or not items:
-        die(f"{n_dropped:,} of {len(indices):,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}): {told}")
+        limit = f"--max_drop_ratio {args.max_drop_ratio}"
+        die(f"{n_dropped:,} of {len(indices):,} rows cannot be used ({limit}): {told}")
     note(f"data   {len(indices) - n_dropped:,} rows, {n_dropped:,} left out{told and ': '}{told}")
     return items
 
@@ -320,9 +310,16 @@ def collect(rows, indices, make, args):
 # --- text and tokens. A ValueError says why a row cannot be used
 
 
+def model_config(path, args):
+    """What config.json says of a language model."""
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    return config.get_text_config()
+
+
 def load_tokenizer(path, args):
     """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
+        model_config(path, args)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
@@ -342,11 +339,9 @@ def as_messages(value, role):
         return [{"role": role, "content": str(value)}]
     if not isinstance(value, list):
         raise ValueError(f"neither text nor messages but {type(value).__name__}")
-    roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+    roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        if not isinstance(turn, dict):
-            raise ValueError(f"a message must be an object, not {type(turn).__name__}")
         speaker = turn.get("role") or turn.get("from")
         content = turn.get("content") or turn.get("value")
         if not isinstance(speaker, str) or not isinstance(content, str):
@@ -466,12 +461,11 @@ def render_chat(prompt, answer, cut, to_eos, tokenizer):
     return text, start
 
 
-def make_scored(index, row, keys, tokenizer, config, args):
-    """The Item of a row, as a reward model or (logps) the policy reads it."""
+def make_scored(index, row, keys, to_eos, config, tokenizer, args):
+    """The Item of a row, as a reward model or (logps) the policy reads it; to_eos: nothing behind EOS."""
     reason = row.get("finish_reason")
     as_sampled = args.eval_task == "logps" and reason is not None
     prompt, response = read_pair(row, keys) if as_sampled else row_texts(row, keys, args.apply_chat_template)
-    to_eos = args.eval_task == "logps" or is_openrlhf(config)
     if isinstance(prompt, str):
         if args.input_template and reason is None:
             prompt = args.input_template.replace("{}", prompt)
@@ -491,7 +485,7 @@ def make_scored(index, row, keys, tokenizer, config, args):
     if len(ids) > limit:
         raise ValueError(f"longer than {limit} tokens (--max_len, or the model's positions)")
     # A Hugging Face head looks at the last token that is no padding: let that be the last one.
-    while not to_eos and len(ids) > 1 and ids[-1] == config.get_text_config().pad_token_id:
+    while not to_eos and len(ids) > 1 and ids[-1] == config.pad_token_id:
         ids.pop()
     cut = min(first, len(ids)) - 1
     return [Item((index, "model"), ids[:cut], ids[cut:], row)]
@@ -506,7 +500,7 @@ def make_calls(index, row, keys, names, args):
 
 def position_limit(config):
     """Tokens that the model has positions for."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def sampling_items(rows, tokenizer, config, args):
@@ -522,8 +516,7 @@ def sampling_items(rows, tokenizer, config, args):
         first = args.iter * args.rollout_batch_size
         n = min(args.rollout_batch_size, len(rows))
         indices = [i % len(rows) for i in range(first, first + n)]
-    make = functools.partial(make_samples, key=keys[0], tokenizer=tokenizer, args=args)
-    return keys, collect(rows, indices, make, args)
+    return keys, collect(rows, indices, lambda *row: make_samples(*row, keys[0], tokenizer, args), args)
 
 
 def scoring_items(rows, tokenizer, config, rewards, args):
@@ -532,25 +525,20 @@ def scoring_items(rows, tokenizer, config, rewards, args):
     names = [name for name, (_, path) in rewards.items() if path]
     items = []
     if names:
-        make = functools.partial(make_calls, keys=keys, names=names, args=args)
-        items += collect(rows, range(len(rows)), make, args)
+        items += collect(rows, range(len(rows)), lambda *row: make_calls(*row, keys, names, args), args)
     if args.pretrain:
-        make = functools.partial(make_scored, keys=keys, tokenizer=tokenizer, config=config, args=args)
-        items += collect(rows, range(len(rows)), make, args)
+        to_eos = args.eval_task == "logps" or is_openrlhf(full_config(args))
+        options = (keys, to_eos, config, tokenizer, args)
+        items += collect(rows, range(len(rows)), lambda *row: make_scored(*row, *options), args)
     return keys, items
 
 
-def load_config(args):
-    """The config.json of the model."""
-    return transformers.AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
-
-
-def find_stops(tokenizer, config, args):
+def find_stops(tokenizer, args):
     """The ids that end a sample: EOS and those of the model's generation_config.json."""
     try:
         stops = transformers.GenerationConfig.from_pretrained(args.pretrain).eos_token_id
     except OSError:  # there is none: Hugging Face and vLLM take config.json's
-        stops = getattr(config, "eos_token_id", None)
+        stops = model_config(args.pretrain, args).eos_token_id
     return {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
 
@@ -566,7 +554,7 @@ def load_policy(args, device):
     except (OSError, ValueError) as e:
         die(f"model {args.pretrain!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
-        die(f"model {args.pretrain!r}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])} ...")
+        die(f"model {args.pretrain!r}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
     return place_model(model, device)
 
 
@@ -617,9 +605,9 @@ def sampling_batches(items, args):
 
 
 @torch.inference_mode()
-def generate(batches, tokenizer, stop_ids, args, device):
+def generate(batches, tokenizer, args, device):
     """Hugging Face's model.generate, with a seed per batch."""
-    model = load_policy(args, device)
+    model, stop_ids = load_policy(args, device), find_stops(tokenizer, args)
     settings = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
     settings |= {"eos_token_id": sorted(stop_ids), "pad_token_id": min(stop_ids)}
     if args.temperature > 0:
@@ -627,7 +615,7 @@ def generate(batches, tokenizer, stop_ids, args, device):
         settings |= {"do_sample": True, **sampling}
     # In place of the checkpoint's own settings, which would come on top of the flags.
     model.generation_config = transformers.GenerationConfig(**settings)
-    has_stop = transformers.StopStringCriteria(tokenizer, list(args.stop)) if args.stop else None
+    has_stop = transformers.StopStringCriteria(tokenizer, args.stop) if args.stop else None
     for batch in batches:
         torch.manual_seed(make_seed(args, [item.key for item in batch]))
         ids, mask = pad([item.prompt for item in batch], device, left=True)
@@ -666,17 +654,16 @@ def start_vllm(args):
         die("vLLM does not start, see above; --eval_task generate uses Hugging Face instead")
 
 
-def generate_vllm(batches, tokenizer, stop_ids, args):
+def generate_vllm(batches, tokenizer, args):
     """One request per sample, with its own seed: no other request changes it."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    engine = start_vllm(args)
+    engine, stop_ids = start_vllm(args), find_stops(tokenizer, args)
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": sorted(stop_ids)}
     # The text is made by read_sample; here it only finds --stop, which may be a special token.
-    flags |= {"stop": list(args.stop), "detokenize": bool(args.stop), "skip_special_tokens": False}
+    flags |= {"stop": args.stop, "detokenize": bool(args.stop), "skip_special_tokens": False}
     flags["output_kind"] = RequestOutputKind.FINAL_ONLY
     items = [item for batch in batches for item in batch]
     for i, item in enumerate(items):
@@ -696,14 +683,14 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def run_engines(args):
-    """generate_vllm in dp_size processes: this same command, told its number by the environment."""
+def run_engines(folder, args):
+    """generate_vllm in dp_size processes: this same command, told by the environment what is its share."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     engines = []
     for k in range(args.dp_size):
-        environment = os.environ | {"OUR_ENGINE": f"{k}/{args.dp_size}", "RANK": str(k)}
+        share = {"ENGINE_FOLDER": str(folder), "RANK": str(k), "WORLD_SIZE": str(args.dp_size)}
         gpus = visible.split(",")[k * args.tp_size : (k + 1) * args.tp_size]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        environment = os.environ | share | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         command = [sys.executable, *sys.orig_argv[1:]]
         engines.append(subprocess.Popen(command, env=environment, preexec_fn=die_with_parent))
     codes = [None]
@@ -713,7 +700,7 @@ def run_engines(args):
     for engine in engines:
         engine.kill()
     if any(codes):
-        die("a vLLM engine failed, see above; the same command continues, --eval_task generate goes without vLLM")
+        die("a vLLM engine failed, see above. The same command continues; --eval_task generate needs no vLLM")
 
 
 # --- scoring
@@ -759,6 +746,11 @@ def hidden_states(body, batch, device):
     return [row[end - len(item.response) : end] for row, end, item in zip(hidden, ends, batch)]
 
 
+def full_config(args):
+    """All that config.json of a reward model says."""
+    return transformers.AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
+
+
 def is_openrlhf(config):
     """Whether a reward model was saved by OpenRLHF, not as a Hugging Face sequence classifier."""
     kinds = [name for name in config.architectures or [] if name.endswith("ForSequenceClassification")]
@@ -767,7 +759,7 @@ def is_openrlhf(config):
 
 def load_reward_model(args, device):
     """(body, head, mean, std): rewards are (head(hidden state) - mean) / std. The head is in fp32."""
-    config = load_config(args)
+    config = full_config(args)
     config.num_labels = 1
     mean, std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None) or 1.0
     auto, options = transformers.AutoModelForSequenceClassification, {"config": config}
@@ -795,7 +787,7 @@ def load_reward_model(args, device):
 
 
 def token_logps(model, hidden, targets):
-    """Log-probs [N] of the targets that hidden states [N, H] predict. The head runs in chunks: no [N, V] exists."""
+    """Log-probs [N] of the targets that hidden states [N, H] predict. The head runs in chunks: no [N, V]."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -850,7 +842,7 @@ def load_reward(path, name):
 
 
 def parse_rewards(args):
-    """{name: (weight, file)} of the rewards that are added up; the model's name is "model", without a file."""
+    """{name: (weight, file)} of the rewards that are added; the model's name is "model", without a file."""
     rewards = {"model": (1.0, None)} if args.pretrain else {}
     for spec in args.reward_fn.split(",") if args.reward_fn else []:
         place, _, weight = spec.strip().partition("=")
@@ -925,7 +917,7 @@ def call_rewards(batches, path, name, args):
                 results[i] = run_calls([call], 1)[0] or lost
         errors = [result["error"] for result in results if "error" in result]
         if begin == 0 and len(errors) == size:  # nothing is kept: the next start tries again
-            die(f"--reward_fn {path}:{name} failed on each of the first {size} rows, on the last: {errors[-1]}")
+            die(f"--reward_fn {path}:{name} failed on each of the first {size} rows: {errors[-1]}")
         for item, result in zip(block, results):
             yield item.key, result
 
@@ -933,16 +925,19 @@ def call_rewards(batches, path, name, args):
 # --- files
 
 
-def stamp(names):
-    """[file, size, mtime] of every file in a comma list of files and folders: it tells inputs apart, unread."""
-    found = []
-    for name in names.split(","):
-        path = Path(name.strip().partition("@")[0])  # a hub name has no files, and stands for itself
-        files = model_files(path) if (path / "config.json").exists() else [path, *path.rglob("*")]
-        for file in sorted(files):
-            if file.is_file():
-                found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    return found
+def stamp(path):
+    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them.
+
+    In a model folder those of the model count; others, such as a log, may lie beside them.
+    """
+    path = Path(path)
+    files = [path, *path.rglob("*")]
+    if (path / "config.json").exists():
+        kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py")
+        files = [file for file in path.iterdir() if file.suffix in kinds and file.name != "args.json"]
+    return [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files) if file.is_file()
+    ]
 
 
 def model_files(folder):
@@ -958,12 +953,11 @@ def outputs(args):
 
 def identify(args, inputs):
     """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
-    flags = {
-        name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_FLAGS.split()
-    }
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    files = {f"files of {flag}": stamp(names) for flag, names in inputs.items()}
-    identity = {**flags, "script": script, "ranks": int(os.environ["WORLD_SIZE"]), **files}
+    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_FLAGS}
+    identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    identity["ranks"] = int(os.environ["WORLD_SIZE"])
+    for flag, names in inputs.items():
+        identity[f"files of {flag}"] = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
@@ -1001,23 +995,17 @@ def read_results(folder):
 
 def write_results(path, results, n_total):
     """Appends each (key, result) that an engine yields to a file."""
-    started = shown = time.time()
+    quiet = os.environ["RANK"] != "0"
     with open(path, "a") as file:
         file.write("\n")  # a line that a kill cut off becomes a line of its own
-        for n, (key, result) in enumerate(results, 1):
+        for key, result in tqdm(results, "infer", n_total, file=sys.stdout, mininterval=2, disable=quiet):
             file.write(json.dumps([key, result]) + "\n")
             file.flush()
-            now = time.time()
-            if now > shown + 5 or n == n_total:
-                shown, rate = now, n / (now - started)
-                left = datetime.timedelta(seconds=int((n_total - n) / rate))
-                note(f"infer  {n:>7,}/{n_total:,}  {rate:,.1f}/s  left {left}")
 
 
-def run_stage(items, folder, tokenizer, stop_ids, rewards, args, device):
+def run_stage(items, folder, tokenizer, rewards, args, device):
     """Runs the engines on this rank's share of the work, less what is done."""
-    place = os.environ.get("OUR_ENGINE", f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}")
-    rank, world_size = map(int, place.split("/"))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     done = read_results(folder)
 
     def run(batches, engine, *options):
@@ -1035,9 +1023,9 @@ def run_stage(items, folder, tokenizer, stop_ids, rewards, args, device):
             run([[item] for item in items if item.key[1] == name], call_rewards, path, name, args)
     scored = [item for item in items if item.key[1] == "model"]
     if args.eval_task == "generate_vllm":
-        run([[item] for item in items], generate_vllm, tokenizer, stop_ids, args)
+        run([[item] for item in items], generate_vllm, tokenizer, args)
     elif args.eval_task == "generate":
-        run(sampling_batches(items, args), generate, tokenizer, stop_ids, args, device)
+        run(sampling_batches(items, args), generate, tokenizer, args, device)
     elif scored:
         engine = score if args.eval_task == "rm" else measure
         run(scoring_batches(scored, args), engine, args, device)
@@ -1074,9 +1062,6 @@ def write_outputs(rows, keys, found, identity, args):
     for path, result in zip(outputs(args), (selected, rows)):
         write_atomic(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in result))
     summary = {"rows": len(rows), "selected": len(selected)}
-    ends = [row["finish_reason"] == "stop" for row in rows if row.get("finish_reason")]
-    if ends:
-        summary["finished"] = sum(ends) / len(ends)
     if args.eval_task == "rm":
         summary["without_reward"] = sum(row["reward"] is None for row in rows)
         summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
@@ -1148,18 +1133,11 @@ def best_and_worst(rows, keys, args):
         if best[response_key] == worst[response_key] or margin <= args.min_margin:
             n_close += 1
             continue
-        pairs.append(
-            {
-                "id": best.get("id"),
-                "prompt": read_pair(best, keys)[0],
-                "chosen": best[response_key],
-                "rejected": worst[response_key],
-                "chosen_reward": best["reward"],
-                "rejected_reward": worst["reward"],
-                "chosen_finish_reason": best.get("finish_reason"),
-                "rejected_finish_reason": worst.get("finish_reason"),
-            }
-        )
+        pair = {"id": best.get("id"), "prompt": read_pair(best, keys)[0]}
+        for side, row in (("chosen", best), ("rejected", worst)):
+            pair |= {side: row[response_key], f"{side}_reward": row["reward"]}
+            pair[f"{side}_finish_reason"] = row.get("finish_reason")
+        pairs.append(pair)
     others = f"{n_close:,} with rewards too close, {n_alone:,} without two different responses that have one"
     note(f"pairs  {len(pairs):,} of {len(groups):,} prompts; {others}")
     return pairs
@@ -1206,24 +1184,20 @@ POST_PROCESSORS = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": condi
 # --- main
 
 
-def is_engine():
-    """Whether this process is one of several vLLM engines, which run_engines started."""
-    return "OUR_ENGINE" in os.environ
-
-
 def find_device(args):
     """The device of this process. No GPU is touched before a model goes there: reward workers are forked."""
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+    world_size = os.environ["WORLD_SIZE"]
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
     if not torch.cuda.is_available():
         if Path("/proc/driver/nvidia/version").exists():
-            die(f"torch {torch.__version__} cannot use the NVIDIA driver: update it, or take another build of torch")
+            die(f"torch {torch.__version__} cannot use the NVIDIA driver: update it, or take another torch")
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
-    n_gpus = args.tp_size * args.dp_size if args.eval_task == "generate_vllm" else local_rank + 1
-    if n_gpus > torch.cuda.device_count() and not is_engine():
+    n_gpus = local_rank + 1
+    if args.eval_task == "generate_vllm":
+        n_gpus = args.tp_size * (1 if "ENGINE_FOLDER" in os.environ else args.dp_size)
+    if n_gpus > torch.cuda.device_count():
         die(f"{n_gpus} GPUs are asked for, {torch.cuda.device_count()} are there")
     return f"cuda:{local_rank}"
 
@@ -1234,53 +1208,55 @@ def check_command(args):
     for path in outputs(args):
         if os.path.isdir(path) or os.path.realpath(path) in inputs:
             die(f"{path} cannot be written: it is a folder, or our input")
-    if args.eval_task == "generate_vllm":
-        if importlib.util.find_spec("vllm") is None:
-            die("vLLM is missing: pip install -r requirements-vllm.txt, or use --eval_task generate")
-        if int(os.environ["WORLD_SIZE"]) > 1:
-            die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
+    if args.eval_task == "generate_vllm" and importlib.util.find_spec("vllm") is None:
+        die("vLLM is missing: pip install -r requirements-vllm.txt, or use --eval_task generate")
+    if args.eval_task == "generate_vllm" and os.environ["WORLD_SIZE"] != "1":
+        die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
 
 
 def main(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
     device = find_device(args)
-    check_command(args)
+    is_engine = "ENGINE_FOLDER" in os.environ  # one of several, which run_engines started
+    if not is_engine:
+        check_command(args)
     rewards = parse_rewards(args) if args.eval_task == "rm" else {}
     rows = load_rows(args)
-    tokenizer = config = stop_ids = None
+    tokenizer = config = None
     if args.pretrain:
         tokenizer = load_tokenizer(args.pretrain, args)
-        config = load_config(args)
+        config = model_config(args.pretrain, args)
     if args.eval_task in ("rm", "logps"):
         keys, items = scoring_items(rows, tokenizer, config, rewards, args)
     else:
-        stop_ids = find_stops(tokenizer, config, args)
         keys, items = sampling_items(rows, tokenizer, config, args)
+    if is_engine:
+        return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, rewards, args, device)
     inputs = {"pretrain": args.pretrain, "dataset": args.dataset}
     inputs |= {name: path for name, (_, path) in rewards.items() if path}
     identity = identify(args, inputs)
     folder = open_stage(args, identity)
     if folder is None:
         return
-    if args.eval_task == "generate_vllm" and args.dp_size > 1 and not is_engine():
-        run_engines(args)
+    if args.eval_task == "generate_vllm" and args.dp_size > 1:
+        run_engines(folder, args)
     else:
-        run_stage(items, folder, tokenizer, stop_ids, rewards, args, device)
-    if is_engine():
-        return
-    if int(os.environ["WORLD_SIZE"]) > 1:
+        run_stage(items, folder, tokenizer, rewards, args, device)
+    if os.environ["WORLD_SIZE"] != "1":
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
     if os.environ["RANK"] == "0":
         found = read_results(folder)
         if args.eval_task in ("rm", "logps"):
-            results = merge(rows, found, rewards, args)
+            rows = merge(rows, found, rewards, args)
         else:
-            results = [item.row | found[item.key] for item in items]
-        write_outputs(results, keys, found, identity, args)
+            rows = [item.row | found[item.key] for item in items]
+        write_outputs(rows, keys, found, identity, args)
 
 
 if __name__ == "__mp_main__":  # a process of vLLM's
