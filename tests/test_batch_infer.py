@@ -190,7 +190,8 @@ def test_stop_strings(home, tmp_path):
 def prompts_of(home, rows, tokenizer=None, **flags):
     """The Items of prompts."""
     args = script.Args(**flags_of(home, "generate", "", **{"max_drop_ratio": 0.9} | flags))
-    return script.sampling_items(rows, tokenizer or make_tokenizer(), script.load_config(args), args)[1]
+    config = script.model_config(args.pretrain, args)
+    return script.sampling_items(rows, tokenizer or make_tokenizer(), config, args)[1]
 
 
 def test_slices_wrap_around_and_hold_a_prompt_once(home):
@@ -344,8 +345,8 @@ def test_a_shared_prompt_changes_nothing(kind):
 
 def texts_of(home, model, rows, **flags):
     args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), **flags))
-    tokenizer, config = make_tokenizer(), script.load_config(args)
-    items = [script.make_scored(0, row, ("input", "output"), tokenizer, config, args)[0] for row in rows]
+    tokenizer, config = make_tokenizer(), script.model_config(args.pretrain, args)
+    items = script.scoring_items(rows, tokenizer, config, {}, args)[1]
     return [tokenizer.decode(item.prompt + item.response) for item in items]
 
 
@@ -617,29 +618,23 @@ def test_parts(home, samples, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.glob("out*")} == {"out.jsonl", "out.jsonl.meta.json"}
 
 
-def command(flags, ranks=1):
-    """The command line of Args' flags."""
+def launch(tmp_path, configs, ranks=1):
+    """Runs main() for each configuration, in one start of Python per rank."""
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    words = [sys.executable, *launcher, str(REPO / "batch_infer.py")]
-    for name, value in flags.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
-    return words
+    words = [sys.executable, *launcher, REPO / "tests/launch.py", "batch_infer", tmp_path / "configs.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_two_ranks(home, samples, tmp_path):
     """Samples and rewards of one rank, in the same order; a reward model and a function."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    spec = f"{home}/my-rewards.py:digits=0.5"
-    stages = {"generate": {"best_of_n": 4}, "rm": {"dataset": str(home / "samples.jsonl"), "reward_fn": spec}}
-    for task, flags in stages.items():
-        words = command(flags_of(home, task, tmp_path / f"{task}.jsonl", **flags), ranks=2)
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    flags = {"dataset": str(home / "samples.jsonl"), "reward_fn": f"{home}/my-rewards.py:digits=0.5"}
+    generate = flags_of(home, "generate", tmp_path / "generate.jsonl", best_of_n=4)
+    launch(tmp_path, [generate, flags_of(home, "rm", tmp_path / "rm.jsonl", **flags)], ranks=2)
     assert read(tmp_path / "generate.jsonl") == samples
-    alone = run(home, "rm", tmp_path / "alone.jsonl", **stages["rm"])
+    alone = run(home, "rm", tmp_path / "alone.jsonl", **flags)
     for row, expected in zip(read(tmp_path / "rm.jsonl"), alone, strict=True):
         assert row | {"reward": 0, "rewards": 0} == expected | {"reward": 0, "rewards": 0}
         assert row["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
@@ -653,8 +648,6 @@ sys.path.insert(0, sys.argv[1])
 from launch import load_script
 script = load_script("batch_infer")
 script.torch.set_num_threads = lambda n: None
-if sys.argv[2] == "generate_vllm":
-    import vllm
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
@@ -666,57 +659,66 @@ for line in sys.stdin:
 """
 
 
-class Forks:
-    """Runs main() in forks of one process that has imported all: a start takes no seconds."""
+@pytest.fixture(scope="module")
+def fork():
+    """fork(flags, kill_after): main() in a fork of a process that has imported all; (was it killed?, seconds)."""
+    words = [sys.executable, "-c", FORKS, str(Path(__file__).parent)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
-    def __init__(self, task):
-        words = [sys.executable, "-c", FORKS, str(Path(__file__).parent), task]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
-
-    def run(self, flags, kill_after=None):
-        """(whether it was killed, seconds that it ran)."""
-        self.process.stdin.write(json.dumps(flags) + "\n")
-        self.process.stdin.flush()
-        pid, started = int(self.process.stdout.readline()), time.time()
+    def run(flags, kill_after=None):
+        process.stdin.write(json.dumps(flags) + "\n")
+        process.stdin.flush()
+        pid, started = int(process.stdout.readline()), time.time()
         if kill_after is not None:
             time.sleep(kill_after)
             with contextlib.suppress(ProcessLookupError):  # it was quicker
                 os.kill(pid, signal.SIGKILL)
-        status = int(self.process.stdout.readline())
+        status = int(process.stdout.readline())
         assert status in (0, signal.SIGKILL)
         return status != 0, time.time() - started
 
+    yield run
+    process.kill()
+
+
+TASKS = ["generate", "rm", "reward_fn", pytest.param("generate_vllm", marks=[needs_vllm, pytest.mark.slow])]
+
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("task", ["generate", "rm", "reward_fn", pytest.param("generate_vllm", marks=needs_vllm)])
-def test_kills(home, tmp_path, task, kills):
+@pytest.mark.parametrize("task", TASKS)
+def test_kills(home, fork, tmp_path, task, kills):
     """kill -9 at random moments, again and again until a start gets to the end: the rows of an undisturbed run."""
-    if task == "generate_vllm" and kills == 2:
-        pytest.skip("a slow test: vLLM takes 20 seconds to start")
-    rows = [{"input": f"{i} {text}", "output": text[::-1]} for i in range(12) for text in QUESTIONS]
+    rows = [{"input": f"{i} {text}", "output": text[::-1]} for i in range(6) for text in QUESTIONS]
     flags = {"dataset": write(tmp_path / "x.jsonl", rows), "micro_batch_size": 4, "prompt_max_len": 200}
     if task == "reward_fn":
         flags |= {"pretrain": "", "reward_fn": f"{home}/my-rewards.py:slow"}
     flags = flags_of(home, task.replace("reward_fn", "rm"), "", **flags)
-    forks, rng, killed = Forks(task), random.Random(kills), 0
-    forks.run(flags | {"output_path": str(tmp_path / "whole.jsonl")})
-    _, seconds = forks.run(flags | {"output_path": str(tmp_path / "again.jsonl")})
+    rng, killed = random.Random(kills), 0
+    _, seconds = fork(flags | {"output_path": str(tmp_path / "whole.jsonl")})
     whole = read(tmp_path / "whole.jsonl")
-    assert len(whole) == 144
+    assert len(whole) == 72
     for n in range(100):
         out = flags | {"output_path": str(tmp_path / f"{n}.jsonl")}
-        while killed < kills and forks.run(out, rng.uniform(0.2, 1) * seconds)[0]:
+        while killed < kills and fork(out, rng.uniform(0.2, 0.9) * seconds)[0]:
             killed += 1
-        forks.run(out)
+        fork(out)
         assert read(out["output_path"]) == whole
         if killed == kills:
             break
+    assert killed == kills
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.tmp"))
-    forks.process.kill()
 
 
 # --- bad input
+
+
+def command(flags):
+    """The command line of Args' flags."""
+    words = [sys.executable, str(REPO / "batch_infer.py")]
+    for name, value in flags.items():
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
 
 
 def test_bad_input(home, samples, tmp_path, capsys):
@@ -727,13 +729,13 @@ def test_bad_input(home, samples, tmp_path, capsys):
     scored = {"task": "rm", "dataset": str(home / "samples.jsonl")}
     cases = {
         "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
-        "belong to --eval_task rm, not generate": {"post_processor": "rs"},
-        "belong to --eval_task rm, not logps": {"task": "logps", "reward_fn": "x.py:y"},
+        "are of --eval_task rm, not generate": {"post_processor": "rs"},
+        "are of --eval_task rm, not logps": {"task": "logps", "reward_fn": "x.py:y"},
         "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
         "--top_p above 0 and at most 1": {"top_p": 1.5},
         "--temperature must be": {"temperature": -1.0},
         "--best_of_n must be 1 or more, not 0": {"best_of_n": 0},
-        "--best_of_n 2: greedy samples": {"greedy_sampling": True, "best_of_n": 2},
+        "--best_of_n 2: greedy samples are all the same": {"greedy_sampling": True, "best_of_n": 2},
         "no column 'prmpt'; it has prompt": {"input_key": "prmpt"},
         "--prompt_max_len 100 + --max_new_tokens 200 is more than the model's 256": {"max_new_tokens": 200},
         "nowhere.jsonl": {"dataset": str(tmp_path / "nowhere.jsonl")},
@@ -769,14 +771,11 @@ def test_unknown_flags(home, tmp_path, capsys):
 @needs_vllm
 def test_vllm(home, tmp_path):
     """Greedy: Hugging Face's rows. Sampled: a sample does not depend on its companions, or on the engine."""
-    launch = [sys.executable, str(Path(__file__).parent / "launch.py"), "batch_infer", f"{tmp_path}/configs.json"]
     greedy = {"greedy_sampling": True, "repetition_penalty": 1.2}
     sampled = {"best_of_n": 3, "temperature": 0.8, "top_k": 50, "stop": ["plus"]}
     configs = [greedy, sampled, sampled | {"max_samples": 5, "max_num_seqs": 4}]
     configs = [flags_of(home, "generate_vllm", tmp_path / f"{i}.jsonl", **c) for i, c in enumerate(configs)]
-    (tmp_path / "configs.json").write_text(json.dumps(configs))
-    done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tmp_path, configs)
     assert read(tmp_path / "0.jsonl") == run(home, "generate", tmp_path / "hf.jsonl", **greedy)
     rows = read(tmp_path / "1.jsonl")
     assert [(row["id"], row["sample"]) for row in rows] == [(i, k) for i in range(12) for k in range(3)]
