@@ -213,7 +213,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -236,27 +240,19 @@ def open_rows(name, split):
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
 
 
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
-
-
-def choose_keys(name, row, args):
-    """(prompt column, response column or None) of a dataset, from its first row."""
+def choose_keys(row, args):
+    """(prompt column, response column or None) of a row."""
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
     layouts += [("question", "answer"), ("question", "response"), ("text", None)]
-    if "finish_reason" in row:  # rows of batch_infer.py, which may hold messages too
+    if "finish_reason" in row:  # a row of batch_infer.py, which may hold messages too
         layouts = [("input", "output")]
-    return find_keys(name, row, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
+    if args.input_key:
+        layouts = [(args.input_key, args.output_key)]
+    for keys in layouts:
+        if set(keys) - {None} <= set(row):
+            return keys
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with --input_key, --output_key")
 
 
 def load_rows(args):
@@ -264,15 +260,15 @@ def load_rows(args):
     names = [name.strip() for name in args.dataset.split(",")]
     tables = []
     for name in names:
-        rows = open_rows(name, args.dataset_split)
-        tables.append([])
+        rows, table = open_rows(name, args.dataset_split), []
         try:
             for i in range(min(len(rows), args.max_samples)):
-                tables[-1].append(dict(rows[i]))
+                table.append(dict(rows[i]))
         except (ValueError, TypeError) as e:
             die(f"dataset {name!r}: row {i + 1} is no JSON object: {e}")
-        if not tables[-1]:
+        if not table:
             die(f"dataset {name!r}: no rows")
+        tables.append(table)
     if args.dataset_probs and len(names) > 1:
         shares = [float(share) for share in args.dataset_probs.split(",")]
         if len(shares) != len(names):
@@ -326,8 +322,11 @@ def load_tokenizer(path, args):
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     template = args.tokenizer_chat_template
-    if template:
-        tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
+    if template and template.endswith(".jinja"):
+        if not Path(template).is_file():
+            die(f"--tokenizer_chat_template {template}: no such file")
+        template = Path(template).read_text()
+    tokenizer.chat_template = template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template FILE.jinja")
     return tokenizer
@@ -342,8 +341,8 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        speaker = turn.get("role") or turn.get("from")
-        content = turn.get("content") or turn.get("value")
+        speaker = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or not isinstance(content, str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
@@ -509,8 +508,10 @@ def sampling_items(rows, tokenizer, config, args):
     if args.prompt_max_len + args.max_new_tokens > limit:
         lengths = f"--prompt_max_len {args.prompt_max_len} + --max_new_tokens {args.max_new_tokens}"
         die(f"{lengths} is more than the model's {limit} positions")
-    layouts = [(key,) for key in PROMPT_COLUMNS]
-    keys = find_keys(args.dataset, rows[0], (args.input_key,), ("--input_key",), layouts)
+    known = [args.input_key] if args.input_key else PROMPT_COLUMNS
+    keys = [key for key in known if key in rows[0]]
+    if not keys:
+        die(f"dataset {args.dataset!r}: it has the columns {', '.join(rows[0])}: choose with --input_key")
     indices = range(len(rows))
     if args.iter is not None:
         first = args.iter * args.rollout_batch_size
@@ -521,13 +522,16 @@ def sampling_items(rows, tokenizer, config, args):
 
 def scoring_items(rows, tokenizer, config, rewards, args):
     """(columns of prompt and response, Items) of the rows to score."""
-    keys = choose_keys(args.dataset, rows[0], args)
+    try:
+        keys = choose_keys(rows[0], args)
+    except ValueError as e:
+        die(f"dataset {args.dataset!r}: {e}")
     names = [name for name, (_, path) in rewards.items() if path]
     items = []
     if names:
         items += collect(rows, range(len(rows)), lambda *row: make_calls(*row, keys, names, args), args)
     if args.pretrain:
-        to_eos = args.eval_task == "logps" or is_openrlhf(full_config(args))
+        to_eos = args.eval_task == "logps" or reward_config(args)[1]
         options = (keys, to_eos, config, tokenizer, args)
         items += collect(rows, range(len(rows)), lambda *row: make_scored(*row, *options), args)
     return keys, items
@@ -620,8 +624,9 @@ def generate(batches, tokenizer, args, device):
         torch.manual_seed(make_seed(args, [item.key for item in batch]))
         ids, mask = pad([item.prompt for item in batch], device, left=True)
         width = ids.shape[1]
-        # Of the sample alone: a text that began in the prompt does not end it.
-        stopping = [lambda ids, scores, **_: has_stop(ids[:, width:], scores)] if has_stop else []  # noqa: B023
+        stopping = []
+        if has_stop:  # of the sample alone: a text that began in the prompt does not end it
+            stopping.append(lambda ids, scores, width=width, **_: has_stop(ids[:, width:], scores))
         found = model.generate(ids, attention_mask=mask, stopping_criteria=stopping)[:, width:].tolist()
         for item, sampled in zip(batch, found):
             yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
@@ -746,30 +751,28 @@ def hidden_states(body, batch, device):
     return [row[end - len(item.response) : end] for row, end, item in zip(hidden, ends, batch)]
 
 
-def full_config(args):
-    """All that config.json of a reward model says."""
-    return transformers.AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
-
-
-def is_openrlhf(config):
-    """Whether a reward model was saved by OpenRLHF, not as a Hugging Face sequence classifier."""
+def reward_config(args):
+    """(config.json of a reward model, whether OpenRLHF saved it rather than Hugging Face as a classifier)."""
+    config = transformers.AutoConfig.from_pretrained(args.pretrain, trust_remote_code=args.trust_remote_code)
     kinds = [name for name in config.architectures or [] if name.endswith("ForSequenceClassification")]
-    return hasattr(config, "value_head_prefix") or not kinds
+    return config, hasattr(config, "value_head_prefix") or not kinds
 
 
 def load_reward_model(args, device):
     """(body, head, mean, std): rewards are (head(hidden state) - mean) / std. The head is in fp32."""
-    config = full_config(args)
+    config, is_openrlhf = reward_config(args)
     config.num_labels = 1
-    mean, std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None) or 1.0
-    auto, options = transformers.AutoModelForSequenceClassification, {"config": config}
-    options["trust_remote_code"] = args.trust_remote_code
+    mean, std = getattr(config, "mean", None), getattr(config, "std", None)
+    if std is not None and std <= 0:
+        die(f"model {args.pretrain}: std in its config.json is {std}")
+    auto = transformers.AutoModelForSequenceClassification
+    options = {"config": config, "trust_remote_code": args.trust_remote_code}
     try:
         with torch.device("meta"):
             kind = type(auto.from_config(**options))
         kind._keep_in_fp32_modules_strict = {*(kind._keep_in_fp32_modules_strict or ()), "score"}
         options["dtype"] = torch.bfloat16 if args.bf16 else torch.float32
-        if is_openrlhf(config):
+        if is_openrlhf:
             prefix = getattr(config, "value_head_prefix", args.value_head_prefix)
             options["key_mapping"] = {rf"^{prefix}\.": "score."}
         # What does not fit is told below, in our words.
@@ -783,7 +786,7 @@ def load_reward_model(args, device):
         missing = ", ".join(sorted(info["missing_keys"])[:3]) or "score"
         die(f"model {args.pretrain} lacks {missing}: no reward model, or --value_head_prefix is another")
     model = place_model(model, device)
-    return model.base_model, model.score.float(), mean, std
+    return model.base_model, model.score.float(), mean or 0.0, std or 1.0
 
 
 def token_logps(model, hidden, targets):
@@ -849,7 +852,7 @@ def parse_rewards(args):
         path, _, name = place.rpartition(":")
         try:
             weight = float(weight or 1)
-            if name == "model" and args.pretrain:
+            if place == "model" and args.pretrain:
                 rewards["model"] = (weight, None)
                 continue
             if name in rewards:
@@ -940,12 +943,6 @@ def stamp(path):
     ]
 
 
-def model_files(folder):
-    """The files of a Hugging Face model folder; others may lie there too."""
-    patterns = "*.safetensors* pytorch_model* *config.json tokenizer* *.model *.jinja vocab* merges.txt *.py"
-    return [file for pattern in patterns.split() for file in Path(folder).glob(pattern)]
-
-
 def outputs(args):
     """The files that the stage makes."""
     return [path for path in (args.output_path, args.scored_path) if path]
@@ -963,14 +960,15 @@ def identify(args, inputs):
 
 def open_stage(args, identity):
     """The folder for results of this very command; None where its output is there already."""
-    meta = {"identity": {}, "files": None}
-    with contextlib.suppress(OSError, ValueError):
+    made_by, files = {}, None
+    with contextlib.suppress(OSError, ValueError, KeyError):
         meta = json.loads(Path(f"{args.output_path}.meta.json").read_text())
-    if meta["identity"] == identity and meta["files"] == [stamp(path) for path in outputs(args)]:
+        made_by, files = meta["identity"], meta["files"]
+    if made_by == identity and files == [stamp(path) for path in outputs(args)]:
         note(f"done   {args.output_path} is complete and made by this command: nothing to do")
         return None
     if os.path.exists(args.output_path):
-        changed = [name for name, value in identity.items() if meta["identity"].get(name) != value]
+        changed = [name for name, value in identity.items() if made_by.get(name) != value]
         note(f"notice {args.output_path} will be replaced: other {', '.join(changed) or 'content'}")
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(f"{args.output_path}.partial", command)
@@ -1122,24 +1120,18 @@ def best_and_worst(rows, keys, args):
     if response_key is None:
         die("--post_processor iter_dpo needs a column of responses, not whole conversations")
     groups, pairs = by_prompt(rows, keys), []
-    n_alone = n_close = 0
-    for group in groups:
-        if len({json.dumps(row[response_key]) for row in group}) < 2:
-            n_alone += 1
-            continue
+    for group in filter(None, groups):
         best = max(group, key=lambda row: row["reward"])
         worst = min(group, key=lambda row: row["reward"])
         margin = best["reward"] - worst["reward"]
         if best[response_key] == worst[response_key] or margin <= args.min_margin:
-            n_close += 1
             continue
         pair = {"id": best.get("id"), "prompt": read_pair(best, keys)[0]}
         for side, row in (("chosen", best), ("rejected", worst)):
             pair |= {side: row[response_key], f"{side}_reward": row["reward"]}
             pair[f"{side}_finish_reason"] = row.get("finish_reason")
         pairs.append(pair)
-    others = f"{n_close:,} with rewards too close, {n_alone:,} without two different responses that have one"
-    note(f"pairs  {len(pairs):,} of {len(groups):,} prompts; {others}")
+    note(f"pairs  {len(pairs):,} of {len(groups):,} prompts; the others lack rewards that differ")
     return pairs
 
 
