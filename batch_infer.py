@@ -1184,6 +1184,8 @@ def find_device(args):
     if not torch.cuda.is_available():
         if Path("/proc/driver/nvidia/version").exists():
             die(f"torch {torch.__version__} cannot use the NVIDIA driver: update it, or take another torch")
+        if world_size != "1":
+            note(f"notice no GPU is there: {world_size} ranks on the CPU")
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", max(args.local_rank, 0)))
     n_gpus = local_rank + 1

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tyro
 from launch import load_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -234,14 +233,6 @@ def test_conversations_are_asked_up_to_their_last_question(home):
         (item,) = prompts_of(home, [row])
         assert item.row["input"] == "<|user|>1?\n<|assistant|>1<eos>\n<|user|>2?\n<|assistant|>"
         assert [message["content"] for message in item.row["messages"]] == ["1?", "1", "2?"]
-
-
-def test_other_columns_of_the_prompt_stay_in_its_rows(home, tmp_path):
-    """A reward function finds the right answer there; names of ours are never taken from the prompts."""
-    rows = [{"id": "x", "question": QUESTIONS[i], "answer": i, "output": "old"} for i in range(3)]
-    found = run(home, "generate", tmp_path / "a.jsonl", dataset=write(tmp_path / "x.jsonl", rows))
-    assert [(row["id"], row["answer"], row["input"]) for row in found] == [(i, i, QUESTIONS[i]) for i in range(3)]
-    assert "question" not in found[0] and found[0]["output"] != "old"
 
 
 def test_several_datasets(home, tmp_path, capsys):
@@ -756,14 +747,6 @@ def test_bad_input(home, samples, tmp_path, capsys):
         line = stops(capsys, home, flags.pop("task", "generate"), tmp_path / "out.jsonl", **flags)
         assert message in line, line
     assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_unknown_flags(home, tmp_path, capsys):
-    usual = command(flags_of(home, "rm", "x"))[2:]
-    for words in (["--eval_task", "generat"], ["--post_processor", "bon"], ["--best_of", "3"]):
-        with pytest.raises(SystemExit) as stopped:
-            tyro.cli(script.Args, args=[*usual, *words], use_underscores=True)
-        assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
 
 
 # --- vLLM
