@@ -6,7 +6,6 @@ number. Run as a script, this file runs all cases in one process and prints {cas
 """
 
 import ctypes
-import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1])  # the fake device: torch looks for devices when it is imported
+    ctypes.CDLL(sys.argv[1])  # the fake device: torch looks for devices once, when it is imported
 import numpy as np
 import pytest
 import torch
@@ -31,14 +30,15 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-REPO = Path(__file__).resolve().parents[1]
 GPU = "cuda:0"
 SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WINDOW = {"head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+LATENT |= {"v_head_dim": 8, "num_key_value_heads": 4}  # other than the queries' 24
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 8}
+EXPERTS |= {"moe_intermediate_size": 16, "first_k_dense_replace": 1}
 FAMILIES = {
     "Llama": {},
     "Qwen2": {},
@@ -46,7 +46,7 @@ FAMILIES = {
     "Mistral": {"head_dim": 8, "sliding_window": 7},
     "Gemma2": {**WINDOW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "Gemma3Text": WINDOW,
-    "Gemma4Text": {**WINDOW, "global_head_dim": 264, "vocab_size_per_layer_input": 90},  # FlashAttention: 256
+    "Gemma4Text": {**WINDOW, "global_head_dim": 264, "vocab_size_per_layer_input": 90},  # beyond 256
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Phi3": {},
     "Olmo2": {},
@@ -54,21 +54,23 @@ FAMILIES = {
     "GPTNeoX": {},
     "GPT2": {},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "DeepseekV3": {**EXPERTS, **LATENT, "num_key_value_heads": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+    "DeepseekV3": {**LATENT, **EXPERTS},
 }
-LORA = {"lora_rank": 2, "lora_dropout": 0.1}
-CASES = {f"sft {family}": ("sft", family, {}) for family in FAMILIES}
-CASES |= {
+LORA = {"lora_rank": 2, "lora_dropout": 0.1, "gradient_checkpointing": True}
+STEPS = {f"dpo {family}": ("dpo", family, {}) for family in FAMILIES}  # {case: (script, family, flags)}
+STEPS |= {
+    "sft": ("sft", "Qwen2", {}),
     "sft packing": ("sft", "Qwen2", {"packing_samples": True}),
-    "sft checkpointing": ("sft", "Qwen2", {"gradient_checkpointing": True}),
-    "sft LoRA": ("sft", "Qwen2", {**LORA, "gradient_checkpointing": True}),
+    "sft LoRA, checkpointing": ("sft", "Qwen2", LORA),
+    "dpo checkpointing": ("dpo", "Qwen2", {"gradient_checkpointing": True}),
+    "dpo simpo": ("dpo", "Qwen2", {"loss_type": "simpo"}),
 }
-READS = {"sft": 1}  # how often the host reads the GPU in a step: for the metrics
+FROZEN = {"dpo reference": ("dpo", "pack_trees")}  # {case: (script, what packs)}
 # {case: (family, code, what it might become by mistake, what must be said then)}
 MISTAKES = {
     "sft int64 bounds": ("Qwen2", "*lengths], dtype=np.int32)", "*lengths])", "int32 bounds"),
-    "sft item in the step": ("Qwen2", "+= loss.detach()", "+= loss.item()", "host reads"),
-    "sft value of another head size": ("DeepseekV3", "v = F.pad(v, (0, size - v.shape[2]))", "pass", "one head size"),
+    "sft item in the step": ("Qwen2", "+= loss.detach()", "+= loss.item()", "more than the metrics"),
+    "dpo value of another size": ("DeepseekV3", "F.pad(v, (0, size - v.shape[2]))", "v", "one head size"),
 }
 
 
@@ -81,20 +83,21 @@ def found(tmp_path_factory):
     if torch.version.cuda:
         pytest.skip("needs a CPU build of torch")
     library = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so"
-    root = Path(importlib.util.find_spec("torch").origin).parent
-    command = [compiler, "-std=c++20", "-shared", "-fPIC", REPO / "tests/fake_cuda/fake_cuda.cpp", "-o", library]
-    command += [f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-lc10", "-ltorch_cpu"]
+    source = Path(__file__).parent / "fake_cuda" / "fake_cuda.cpp"
+    root = Path(torch.__file__).parent
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", source, "-o", library, f"-I{root}/include"]
+    command += [f"-L{root}/lib", f"-Wl,-rpath,{root}/lib", "-lc10", "-ltorch_cpu"]
     subprocess.run(command, check=True)
+    command = [sys.executable, "-W", "ignore", __file__, library]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, library]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_step(found, case):
-    assert not found[case]
+@pytest.mark.parametrize("case", [*STEPS, *FROZEN])
+def test_on_a_gpu(found, case):
+    assert not found[case], found[case]
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -110,18 +113,19 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.reads, self.meetings = [], []
+        self.waits, self.meetings = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         devices = {x.device.type for x in tensors}
         if func is torch.ops.aten._local_scalar_dense.default:  # .item(), float(), if
-            self.note(self.reads, "cuda" in devices)
+            self.note(self.waits, "cuda" in devices)
             return 0.0 if tensors[0].is_floating_point() else 0
-        out = func(*args, **kwargs or {})
+        out = func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default:  # .to(), .cpu()
-            blocks = not out.is_cuda or not kwargs.get("non_blocking")
-            self.note(self.reads, blocks and devices != {out.device.type})
+            waits = not out.is_cuda or not kwargs.get("non_blocking")
+            self.note(self.waits, waits and devices != {out.device.type})
         else:
             self.note(self.meetings, len(devices) > 1)
         return out
@@ -133,28 +137,13 @@ class Watch(TorchDispatchMode):
             where.append(f"{Path(frames[-1].filename).name}: {frames[-1].line}")
 
 
-def to_gpu(name, x):
-    """A parameter or buffer on the fake device, in the dtype that DeepSpeed gives it."""
-    keeps_dtype = name.endswith("inv_freq") or not x.is_floating_point()
-    with fake:
-        copy = x.detach().to(GPU, x.dtype if keeps_dtype else torch.bfloat16)
-    return nn.Parameter(copy, x.requires_grad) if isinstance(x, nn.Parameter) else copy
-
-
 class Engine:
-    """What a step uses of DeepSpeed's engine, with the model moved to the fake device."""
+    """What a step uses of DeepSpeed's engine."""
 
     device = GPU
 
     def __init__(self, module):
-        self.module, self.train, self.eval = module, module.train, module.eval
-        moved = {}
-        for part in module.modules():
-            for tensors in (part._parameters, part._buffers):
-                for name, x in tensors.items():
-                    if x is not None and id(x) not in moved:  # tied weights stay tied
-                        moved[id(x)] = to_gpu(name, x)
-                    tensors[name] = moved.get(id(x))
+        self.module, self.train, self.eval = module.to(GPU), module.train, module.eval
 
     def __call__(self, pack):
         return self.module(pack)
@@ -164,6 +153,24 @@ class Engine:
 
     def set_gradient_accumulation_boundary(self, is_boundary):
         pass
+
+
+def module_to(module, *args, **kwargs):
+    """nn.Module.to, for the GPU by replacing all tensors, in the dtypes of a DeepSpeed engine in bf16."""
+    if args != (GPU,):
+        return real_to(module, *args, **kwargs)
+    moved = {id(None): None}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if id(x) not in moved:  # tied weights stay tied
+                    dtype = x.dtype if name.endswith("inv_freq") or not x.is_floating_point() else torch.bfloat16
+                    with fake:
+                        copy = x.detach().to(GPU, dtype)
+                    is_parameter = isinstance(x, nn.Parameter)
+                    moved[id(x)] = nn.Parameter(copy, x.requires_grad) if is_parameter else copy
+                tensors[name] = moved[id(x)]
+    return module
 
 
 def checked_varlen(q, k, v, cu_q, cu_k, max_q, max_k, **options):
@@ -192,50 +199,73 @@ def random_weights(path, output_loading_info, trust_remote_code, **options):
     return transformers.AutoModelForCausalLM.from_config(config, **options), {"missing_keys": []}
 
 
-def sequence(n):
-    """An example of sft.py and kd.py."""
-    trained = np.arange(n) > n // 2
-    return {"input_ids": np.arange(n) % 80, "trained": trained, "length": n, "n_trained": int(trained.sum())}
+def make_example(n):
+    """An example with the columns of every trainer; for dpo.py a prompt and two responses."""
+    ends = np.array([n // 3, n // 2, n])
+    trained = np.arange(n) >= ends[0]
+    example = {"input_ids": np.arange(n) % 80, "trained": trained, "length": n, "ends": ends, "desirable": n > 9}
+    return example | {"n_trained": n - n // 3, "ref_logps": np.zeros(n - n // 3, np.float32)}
 
 
-def run(script, name, family, flags, folder):
-    """What is wrong with the step of a script: "" if nothing is."""
+def check(script, name, family, flags, packs, folder):
+    """What is wrong with a step of a script, or with a pass of its frozen model where packs says what packs."""
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[family]})
     config.save_pretrained(f"{folder}/{family}")
     args = script.Args(pretrain=f"{folder}/{family}", dataset="", micro_train_batch_size=2, **flags)
+    examples = [make_example(n) for n in (9, 23, 40)]
     try:
-        engine = script.start_engine(args, total_steps=3)
-        with fake, Watch() as watch:
-            script.sft_step(engine, [sequence(n) for n in (9, 23, 40)], args)
-        assert len(watch.reads) == READS[name], f"host reads: {watch.reads}"
+        if packs:
+            with fake, Watch():
+                engine = script.start_frozen(args.pretrain, args, GPU, offload=False)
+                script.check_tree(engine, args)
+            with fake, Watch() as watch:
+                script.block_values(engine, examples, getattr(script, packs), args)
+        else:
+            engine = script.start_engine(args, total_steps=3)
+            with fake, Watch() as watch:
+                getattr(script, f"{name}_step")(engine, examples, args)
+            lost = [name for name, p in engine.module.named_parameters() if p.requires_grad and p.grad is None]
+            assert not lost, f"no gradient: {lost}"
+        assert len(watch.waits) == 1, f"the host waits for more than the metrics: {watch.waits}"
         assert not watch.meetings, f"CPU tensors meet CUDA ones: {watch.meetings}"
-        lost = [name for name, p in engine.module.named_parameters() if p.requires_grad and p.grad is None]
-        assert not lost, f"no gradient: {lost}"
     except (Exception, SystemExit):
         return traceback.format_exc(limit=-4)
     return ""
 
 
-if __name__ == "__main__":
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    real_varlen, varlen.varlen_attn = varlen.varlen_attn, checked_varlen
+def main():
+    """Runs all cases on the fake device."""
     transformers.AutoModelForCausalLM.from_pretrained = random_weights
+    varlen.varlen_attn = checked_varlen
+    nn.Module.to = module_to
     dist.all_reduce, dist.get_rank, dist.get_world_size = all_reduce, lambda: 0, lambda: 1
     FakeTensor.tolist = lambda self: np.zeros(self.cpu().shape).tolist()  # one read; torch makes one per number
+    FakeTensor.numpy = lambda self: np.zeros(self.shape)
     torch.Tensor.pin_memory = lambda self: self
     # Small enough for several chunks of the LM head.
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=2**20, major=9, minor=0)
-    results = {}
+    found = {}
+    repo = Path(__file__).resolve().parents[1]
+    import time
     with tempfile.TemporaryDirectory() as folder:
-        scripts = {name: load_script(name) for name in READS}
-        for case, (name, family, flags) in CASES.items():
-            scripts[name].deepspeed.initialize = lambda model, **_: [Engine(model)]
-            results[case] = run(scripts[name], name, family, flags, folder)
+        cases = {case: (load_script(name), name, *rest, None) for case, (name, *rest) in STEPS.items()}
+        cases |= {case: (load_script(name), name, "Qwen2", LORA, packs) for case, (name, packs) in FROZEN.items()}
         for case, (family, code, mistake, _) in MISTAKES.items():
             name = case.split()[0]
-            source = (REPO / f"{name}.py").read_text()
+            source = (repo / f"{name}.py").read_text()
             assert source.count(code) == 1, code
             path = Path(folder, case.replace(" ", "_"))
             path.with_suffix(".py").write_text(source.replace(code, mistake))
-            results[case] = run(load_script(str(path)), name, family, {}, folder)
-    print(json.dumps(results))
+            cases[case] = (load_script(str(path)), name, family, {}, None)
+        for case, (script, *inputs) in cases.items():
+            script.deepspeed.initialize = lambda model, **_: [Engine(model)]
+            t = time.time()
+            found[case] = check(script, *inputs, folder)
+            print(case, time.time() - t, found[case][-300:], file=sys.stderr)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    real_to, real_varlen = nn.Module.to, varlen.varlen_attn
+    main()
