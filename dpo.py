@@ -361,7 +361,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 
 def split_response(prompt, response, args):
-    """(prompt, response); conversations, and text as in Anthropic/hh-rlhf, have the prompt in the response."""
+    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
     if prompt is not None:

@@ -615,7 +615,7 @@ def sft_step(engine, examples, args, train=True):
     Each pass adds its share of the loss, divided by the trained tokens of the whole step over all ranks.
     Returns metrics, the same on all ranks.
     """
-    n_tokens = sum(example["n_trained"] for example in examples)
+    n_tokens = int(sum(example["n_trained"] for example in examples))
     max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
