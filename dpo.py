@@ -1007,7 +1007,7 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- frozen models: what they give is computed once, kept in --cache_dir and memory-mapped
+# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
 
 
 class PerToken:
@@ -1023,68 +1023,58 @@ class PerToken:
 
 
 def cache_file(kind, decides, args):
-    """(path in --cache_dir for what the list decides, whether it is there)."""
+    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     file = Path(args.cache_dir, f"{kind}-{key}.npy")
     found = [file.exists()]
-    dist.broadcast_object_list(found)  # as rank 0 sees it
+    dist.broadcast_object_list(found)
     return file, found[0]
 
 
 @torch.no_grad()
-def block_values(engine, examples, pack_fn, args):
-    """What the engine gives for the trained tokens of some examples, [N, ...]; each rank computes a share."""
-    parts = {}
-    most = 4 * args.micro_train_batch_size  # without a gradient, more fits
-    for members in split_step([example["length"] for example in examples], most):
+def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args):
+    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
+
+    examples_of(indices) -> examples. Each rank writes the values of its share into one file, which appears
+    by rename: several nodes need a shared disk.
+    """
+    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
+    dist.broadcast_object_list(partial)
+    if dist.get_rank() == 0:
+        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
+    dist.barrier()
+    output = np.load(partial[0], mmap_mode="r+")
+    ends = np.cumsum(n_trained)
+    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
+    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
         members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
-        values = engine(pack_fn([examples[j] for j in members], engine.device))
-        sizes = [examples[j]["n_trained"] for j in members]
-        parts |= zip(members, values.float().split(sizes))
-    ends = np.cumsum([example["n_trained"] for example in examples])
-    block = torch.full((int(ends[-1]), *values.shape[1:]), -torch.inf, device=engine.device)
-    for j, part in parts.items():
-        block[ends[j] - len(part) : ends[j]] = part
-    dist.all_reduce(block, op=dist.ReduceOp.MAX)
-    return block.cpu().numpy()
-
-
-def write_values(file, engine, fetch_fn, n_trained, pack_fn, args):
-    """Writes block_values of all examples, fetch_fn(indices), to a file that PerToken reads."""
-    rank, written = dist.get_rank(), 0
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    size = 32 * args.micro_train_batch_size * dist.get_world_size()  # examples of a block
-    quiet = rank != 0 or not sys.stderr.isatty()
-    for first in tqdm.tqdm(range(0, len(n_trained), size), file.stem[:12], disable=quiet):
-        indices = np.arange(first, min(first + size, len(n_trained)))
-        block = block_values(engine, fetch_fn(indices), pack_fn, args)
-        if rank == 0 and first == 0:
-            shape = (int(n_trained.sum()), *block.shape[1:])
-            output = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        if rank == 0:
-            output[written : written + len(block)] = block
-            written += len(block)
-    if rank == 0:
-        output.flush()
-        os.replace(partial, file)
+        examples = examples_of(members)
+        values = engine(pack_fn(examples, engine.device)).float().cpu().numpy()
+        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
+            output[ends[i] - len(part) : ends[i]] = part
+    output.flush()
     for p in engine.parameters():
         if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
             p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
     dist.barrier()
+    if dist.get_rank() == 0:
+        os.replace(partial[0], file)
+    dist.barrier()
 
 
 def reference_logps(tables, args, device):
-    """{table's fingerprint: PerToken of its log-probs [sum of n_trained] under the reference}."""
+    """{table's fingerprint: PerToken of its log-probs under the reference}."""
     path = args.ref_pretrain or args.pretrain
-    engine, references = None, {}
+    references = {}
     for table in tables:
-        n_trained = column(table, "n_trained")
+        lengths, n_trained = column(table, "length"), column(table, "n_trained")
         file, found = cache_file("logps", [table._fingerprint, path, stamp(path), args.bf16], args)
-        if not found and engine is None:
+        if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
             check_tree(engine, args)
-        if not found:
-            write_values(file, engine, functools.partial(fetch, table), n_trained, pack_trees, args)
+            examples_of = functools.partial(fetch, table)
+            write_values(file, engine, examples_of, lengths, n_trained, (), pack_trees, args)
         references[table._fingerprint] = PerToken(file, n_trained)
     return references
 
