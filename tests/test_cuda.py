@@ -165,7 +165,9 @@ def module_to(module, *args, **kwargs):
         for tensors in (part._parameters, part._buffers):
             for name, x in tensors.items():
                 if id(x) not in moved:  # tied weights stay tied
-                    dtype = x.dtype if name.endswith("inv_freq") or not x.is_floating_point() else torch.bfloat16
+                    dtype = (
+                        x.dtype if name.endswith("inv_freq") or not x.is_floating_point() else torch.bfloat16
+                    )
                     with fake:
                         copy = x.detach().to(GPU, dtype)
                     is_parameter = isinstance(x, nn.Parameter)
@@ -254,7 +256,9 @@ def main():
     nn.Module.to = module_to
     dist.broadcast_object_list = dist.barrier = lambda *args: None
     dist.all_reduce, dist.get_rank, dist.get_world_size = all_reduce, lambda: 0, lambda: 1
-    FakeTensor.tolist = lambda self: np.zeros(self.cpu().shape).tolist()  # one read; torch makes one per number
+    FakeTensor.tolist = lambda self: np.zeros(
+        self.cpu().shape
+    ).tolist()  # one read; torch makes one per number
     FakeTensor.numpy = lambda self: np.zeros(self.shape)
     torch.Tensor.pin_memory = lambda self: self
     # Small enough for several chunks of the LM head.
@@ -263,7 +267,9 @@ def main():
     repo = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
         cases = {case: (load_script(name), name, *rest, step) for case, (name, *rest) in STEPS.items()}
-        cases |= {case: (load_script(name), name, "Qwen2", LORA, reference) for case, (name, _) in FROZEN.items()}
+        cases |= {
+            case: (load_script(name), name, "Qwen2", {}, reference) for case, (name, _) in FROZEN.items()
+        }
         for case, (family, code, mistake, _) in MISTAKES.items():
             name = case.split()[0]
             source = (repo / f"{name}.py").read_text()
