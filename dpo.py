@@ -101,7 +101,7 @@ class Args:
 
     # --- loss
 
-    loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "simpo"] = "sigmoid"  # formulas: above
+    loss_type: str = "sigmoid"  # sigmoid, robust, hinge, ipo or simpo: their formulas stand above
     beta: float = 0.1  # how closely the policy keeps to the reference; 2 to 10 for means per token
     label_smoothing: float = 0.0  # assumed share of wrong labels, 0 to 0.5, with sigmoid (cDPO) or robust
     ipo: bool = False  # old name of --loss_type ipo
@@ -155,6 +155,8 @@ class Args:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
         self.loss_type = "ipo" if self.ipo else self.loss_type
+        if self.loss_type not in LOSSES:
+            die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
         loss = LOSSES[self.loss_type]
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
             die("--beta must be above 0, --label_smoothing from 0 to below 0.5")
@@ -179,6 +181,7 @@ FEATURES = Features(  # the columns of an encoded row
     trained=List(Value("bool")),  # is the token part of the loss?
     length=Value("int32"),  # tokens fed; 0: the row cannot be used
     n_trained=Value("int32"),
+    n_chosen=Value("int32"),  # trained tokens of the chosen response
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
@@ -220,7 +223,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -241,19 +248,6 @@ def open_rows(name, split):
         return datasets.load_dataset(path, subset or None, split=split)
     except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-
-
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
 
 
 # --- text and tokens. A ValueError says why a row cannot be used
@@ -376,11 +370,25 @@ def split_response(prompt, response, args):
     return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
 
 
-def encode_row(row, keys, tokenizer, args):
+def choose_keys(row, args):
+    """(prompt column or None, chosen column, rejected column) of a row."""
+    prompt_keys = (
+        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
+    )
+    for prompt_key in prompt_keys:
+        keys = (prompt_key, args.chosen_key, args.rejected_key)
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--prompt_key, --chosen_key, --rejected_key"
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with {flags}")
+
+
+def encode_row(row, tokenizer, args):
     """The columns of FEATURES that depend on the algorithm: a pair whose prompt is stored once."""
+    prompt_key, *response_keys = choose_keys(row, args)
     sides = []
-    for key, name in zip(keys[1:], ("chosen", "rejected")):
-        prompt, response = split_response(row.get(keys[0]), row.get(key), args)
+    for key, name in zip(response_keys, ("chosen", "rejected")):
+        prompt, response = split_response(row.get(prompt_key), row[key], args)
         sides.append(encode(prompt, response, tokenizer, args, row.get(f"{name}_finish_reason")))
     (chosen, chosen_trained), (rejected, rejected_trained) = sides
     if np.array_equal(chosen, rejected):  # if only after truncation
@@ -390,21 +398,14 @@ def encode_row(row, keys, tokenizer, args):
     n_prompt = differ[0] if len(differ) else limit
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
-    return {"input_ids": ids, "trained": trained, "ends": [n_prompt, len(chosen), len(ids)]}
-
-
-def choose_keys(name, row, args):
-    """(prompt column or None, chosen column, rejected column) of a dataset, from its first row."""
-    given = (args.prompt_key, args.chosen_key, args.rejected_key)
-    layouts = [(key, *given[1:]) for key in ("prompt", "question", "instruction", "input", None)]
-    flags = ("--prompt_key", "--chosen_key", "--rejected_key")
-    return find_keys(name, row, given if args.prompt_key else (None,) * 3, flags, layouts)
+    ends = [n_prompt, len(chosen), len(ids)]
+    return {"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
-def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
@@ -414,7 +415,7 @@ def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                example |= encode_row(rows[i], keys, tokenizer, args)
+                example |= encode_row(rows[i], tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -443,10 +444,6 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     rows = open_rows(name, split)
     if not len(rows):
         die(f"dataset {name!r}: no rows")
-    try:
-        keys = choose_keys(name, rows[0], args)
-    except ROW_ERRORS as e:
-        die(f"dataset {name!r}: its first row is no JSON object: {e}")
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -455,13 +452,13 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), "args": args, **inputs},
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -719,7 +716,7 @@ class Loss(NamedTuple):
     takes_smoothing: bool = False
 
 
-# A new loss: its function above, a line here, its name in --loss_type.
+# A new loss is a function above and a line here.
 LOSSES = {
     "sigmoid": Loss(sigmoid_loss, takes_smoothing=True),
     "robust": Loss(robust_loss, takes_smoothing=True),
@@ -735,25 +732,20 @@ def takes_means(args):
 
 
 def pair_sums(per_token, counts):
-    """Sums [B, 2] over the tokens of each response, chosen and rejected; counts: its trained tokens, 2B."""
-    return torch.stack([part.sum() for part in per_token.split(counts)]).view(-1, 2)
-
-
-def count_trained(example):
-    """Trained tokens of chosen and rejected."""
-    n_chosen = int(example["trained"][: example["ends"][1]].sum())
-    return n_chosen, example["n_trained"] - n_chosen
+    """Sums [B, 2] over the tokens of chosen and rejected responses; counts [B, 2]: their trained tokens."""
+    return torch.stack([part.sum() for part in per_token.split(counts.ravel().tolist())]).view(-1, 2)
 
 
 @torch.no_grad()
-def pair_metrics(values, logps, tokens, log_ratios, counts, args):
-    """{name: [B]} of what is logged beside the loss; values, logps, tokens [B, 2]; log_ratios [N]."""
+def pair_metrics(values, logps, log_ratios, counts, args):
+    """{name: [B]} of what is logged beside the loss; values, logps, counts [B, 2]; log_ratios [N]."""
     rewards = args.beta * values
     margins = rewards[:, 0] - rewards[:, 1]
     metrics = {
         "rewards/margins": margins,
         "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),  # a tie is half right: all are in step 1
     }
+    tokens = to_device(counts.astype(np.float32), values.device)
     for name, pair in (("rewards", rewards), ("logps", logps), ("length", tokens)):
         metrics |= {f"{name}/chosen": pair[:, 0], f"{name}/rejected": pair[:, 1]}
     if LOSSES[args.loss_type].needs_reference:
@@ -770,7 +762,7 @@ def dpo_step(engine, examples, args, train=True):
     metrics, the same on all ranks.
     """
     loss = LOSSES[args.loss_type]
-    n_chosen = sum(count_trained(example)[0] for example in examples)
+    n_chosen = sum(example["n_chosen"] for example in examples)
     max_tokens = 2 * args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
@@ -779,8 +771,7 @@ def dpo_step(engine, examples, args, train=True):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
         weight = 1.0 if len(members) else 0.0
         batch = [examples[j] for j in members] or examples[:1]
-        counts = [count for example in batch for count in count_trained(example)]
-        tokens = to_device(np.array(counts, dtype=np.float32).reshape(-1, 2), engine.device)
+        counts = np.array([[e["n_chosen"], e["n_trained"] - e["n_chosen"]] for e in batch])  # [B, 2]
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             per_token_logps = engine(pack_trees(batch, engine.device))
@@ -790,13 +781,13 @@ def dpo_step(engine, examples, args, train=True):
                 log_ratios = per_token_logps - to_device(ref_logps, engine.device)
             values, logps = pair_sums(log_ratios, counts), pair_sums(per_token_logps, counts)
             if takes_means(args):
-                values = values / tokens
+                values = values / to_device(counts, engine.device)
             nll = -logps[:, 0].sum() / n_chosen
             losses = loss.function(values[:, 0], values[:, 1], args)
             share = losses.sum() / len(examples) + args.nll_loss_coef * nll
         if train:
             engine.backward(weight * share * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        metrics = pair_metrics(values, logps, tokens, log_ratios, counts, args)
+        metrics = pair_metrics(values, logps, log_ratios, counts, args)
         shares = {name: value.sum() / len(examples) for name, value in metrics.items()}
         shares |= {"loss": share, "nll": nll}
         totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
@@ -833,7 +824,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
@@ -1118,9 +1113,9 @@ def difference(folder, identity):
 
 
 def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
+    """Folders of all complete checkpoints, newest first."""
     folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def publish(args):
@@ -1162,12 +1157,12 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
+    for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
         note(f"resume {folder}")
-        return step
+        return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
     partial.mkdir()
     return 0
@@ -1180,7 +1175,7 @@ def save_checkpoint(engine, args, step, identity):
     if dist.get_rank() == 0:
         write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -1254,14 +1249,10 @@ def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels["grad_norm"] = "grad"
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in labels.items() if name in metrics]
-    if "lr" in metrics:
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tok/s")
-        parts.append(
-            f"{metrics['peak_mem_gib']:.1f} GiB  left {datetime.timedelta(seconds=int(seconds_left))}"
-        )
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):

@@ -186,7 +186,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -207,19 +211,6 @@ def open_rows(name, split):
         return datasets.load_dataset(path, subset or None, split=split)
     except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-
-
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
 
 
 # --- text and tokens. A ValueError says why a row cannot be used
@@ -326,32 +317,38 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def encode_row(row, keys, tokenizer, args):
+def choose_keys(row, args):
+    """(prompt column, response column or None) of a row."""
+    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
+    layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
+    layouts += [("question", "answer"), ("question", "response"), ("text", None)]
+    if "finish_reason" in row:  # a row of batch_infer.py, which may hold messages too
+        layouts = [("input", "output")]
+    if args.input_key:
+        layouts = [(args.input_key, args.output_key)]
+    for keys in layouts:
+        if set(keys) - {None} <= set(row):
+            return keys
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with --input_key, --output_key")
+
+
+def encode_row(row, tokenizer, args):
     """The columns of FEATURES that depend on the algorithm."""
-    prompt = row.get(keys[0])
-    response = row.get(keys[1]) if keys[1] else []
-    if args.pretrain_mode or keys == ("text", None):
+    prompt_key, response_key = choose_keys(row, args)
+    prompt = row[prompt_key]
+    response = row[response_key] if response_key else []
+    if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
         prompt, response = "", prompt
-    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
+    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
     return {"input_ids": ids, "trained": trained}
 
 
-def choose_keys(name, row, args):
-    """(prompt column, response column or None) of a dataset, from its first row."""
-    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
-    layouts += [("question", "answer"), ("question", "response"), ("text", None)]
-    if "finish_reason" in row:  # rows of batch_infer.py, which may hold messages too
-        layouts = [("input", "output")]
-    return find_keys(name, row, (args.input_key, args.output_key), ("--input_key", "--output_key"), layouts)
-
-
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
-def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
@@ -361,7 +358,7 @@ def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                example |= encode_row(rows[i], keys, tokenizer, args)
+                example |= encode_row(rows[i], tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -390,10 +387,6 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     rows = open_rows(name, split)
     if not len(rows):
         die(f"dataset {name!r}: no rows")
-    try:
-        keys = choose_keys(name, rows[0], args)
-    except ROW_ERRORS as e:
-        die(f"dataset {name!r}: its first row is no JSON object: {e}")
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -402,13 +395,13 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), "args": args, **inputs},
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -650,7 +643,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
@@ -829,9 +826,9 @@ def difference(folder, identity):
 
 
 def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
+    """Folders of all complete checkpoints, newest first."""
     folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def publish(args):
@@ -873,12 +870,12 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
+    for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
         note(f"resume {folder}")
-        return step
+        return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
     partial.mkdir()
     return 0
@@ -891,7 +888,7 @@ def save_checkpoint(engine, args, step, identity):
     if dist.get_rank() == 0:
         write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -965,14 +962,10 @@ def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels["grad_norm"] = "grad"
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in labels.items() if name in metrics]
-    if "lr" in metrics:
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tok/s")
-        parts.append(
-            f"{metrics['peak_mem_gib']:.1f} GiB  left {datetime.timedelta(seconds=int(seconds_left))}"
-        )
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):
