@@ -92,7 +92,9 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs; may be deleted
+    cache_dir: str = (
+        "~/.cache/flatalign"  # encoded rows and what else the next run finds again; may be deleted
+    )
     prompt_key: str | None = None  # column of the prompt; default: a known one, or the responses include it
     chosen_key: str = "chosen"  # column of the preferred response: text, messages, or a whole conversation
     rejected_key: str = "rejected"  # column of the other response, in the same form
@@ -269,8 +271,11 @@ def load_tokenizer(path, args):
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     template = args.tokenizer_chat_template
-    if template:
-        tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
+    if template and template.endswith(".jinja"):
+        if not Path(template).is_file():
+            die(f"--tokenizer_chat_template {template}: no such file")
+        template = Path(template).read_text()
+    tokenizer.chat_template = template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template FILE.jinja")
     return tokenizer
@@ -285,8 +290,8 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        speaker = turn.get("role") or turn.get("from")
-        content = turn.get("content") or turn.get("value")
+        speaker = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or not isinstance(content, str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
@@ -415,7 +420,10 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                example |= encode_row(rows[i], tokenizer, args)
+                row = rows[i]
+                if not isinstance(row, dict):
+                    raise ValueError("a row must be an object")
+                example |= encode_row(row, tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -487,11 +495,14 @@ def load_examples(names, probs, split, tokenizer, args):
     names = [name.strip() for name in names.split(",")]
     tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
     if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
+        shares = probs.split(",")
+        numbers = [share.strip().replace(".", "", 1).isdecimal() for share in shares]
+        if not all(numbers) or len(shares) != len(tables):
             die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
         total = sum(len(table) for table in tables)
-        orders = [np.resize(np.arange(len(table)), round(p * total)) for table, p in zip(tables, shares)]
+        orders = [
+            np.resize(np.arange(len(table)), round(float(p) * total)) for table, p in zip(tables, shares)
+        ]
         tables = [table.select(order) for table, order in zip(tables, orders)]
     return datasets.concatenate_datasets(tables)
 
@@ -840,7 +851,7 @@ def setup(args):
         note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if int(local_size) > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
         return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
     if Path("/proc/driver/nvidia/version").exists():
@@ -1102,10 +1113,12 @@ def write_record(folder, identity):
 def difference(folder, identity):
     """In words, what makes this another run than the one that made the folder; "" if nothing does."""
     record = read_record(folder)
+    made = record.get("model_files", [])
     changed = []
     for key, value in identity.items():
         # A model that was trained in place is an input that this run itself has changed.
-        if record.get(key) != value and [record.get("model_files")] != value:
+        own_output = key.startswith("files of ") and made and all(file in value[0] for file in made)
+        if record.get(key) != value and not own_output:
             changed.append(key)
     if not changed:
         return ""
@@ -1149,6 +1162,7 @@ def open_run(args, identity):
         changed = difference(target, identity)
         if not changed:
             shutil.rmtree(args.ckpt_path, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             note(f"done   {target} is complete and made by this command: nothing to do")
             return None
         if target.resolve() != Path(args.pretrain).resolve():

@@ -81,7 +81,9 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows, found again by the next run; may be deleted
+    cache_dir: str = (
+        "~/.cache/flatalign"  # encoded rows and what else the next run finds again; may be deleted
+    )
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
@@ -232,8 +234,11 @@ def load_tokenizer(path, args):
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     template = args.tokenizer_chat_template
-    if template:
-        tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
+    if template and template.endswith(".jinja"):
+        if not Path(template).is_file():
+            die(f"--tokenizer_chat_template {template}: no such file")
+        template = Path(template).read_text()
+    tokenizer.chat_template = template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template FILE.jinja")
     return tokenizer
@@ -248,8 +253,8 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        speaker = turn.get("role") or turn.get("from")
-        content = turn.get("content") or turn.get("value")
+        speaker = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or not isinstance(content, str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
@@ -339,7 +344,7 @@ def encode_row(row, tokenizer, args):
     response = row[response_key] if response_key else []
     if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
         prompt, response = "", prompt
-    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+    if prompt_key == "instruction" and prompt and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
     return {"input_ids": ids, "trained": trained}
@@ -358,7 +363,10 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                example |= encode_row(rows[i], tokenizer, args)
+                row = rows[i]
+                if not isinstance(row, dict):
+                    raise ValueError("a row must be an object")
+                example |= encode_row(row, tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -430,11 +438,14 @@ def load_examples(names, probs, split, tokenizer, args):
     names = [name.strip() for name in names.split(",")]
     tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
     if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
+        shares = probs.split(",")
+        numbers = [share.strip().replace(".", "", 1).isdecimal() for share in shares]
+        if not all(numbers) or len(shares) != len(tables):
             die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
         total = sum(len(table) for table in tables)
-        orders = [np.resize(np.arange(len(table)), round(p * total)) for table, p in zip(tables, shares)]
+        orders = [
+            np.resize(np.arange(len(table)), round(float(p) * total)) for table, p in zip(tables, shares)
+        ]
         tables = [table.select(order) for table, order in zip(tables, orders)]
     return datasets.concatenate_datasets(tables)
 
@@ -659,7 +670,7 @@ def setup(args):
         note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if int(local_size) > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
         return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
     if Path("/proc/driver/nvidia/version").exists():
@@ -815,10 +826,12 @@ def write_record(folder, identity):
 def difference(folder, identity):
     """In words, what makes this another run than the one that made the folder; "" if nothing does."""
     record = read_record(folder)
+    made = record.get("model_files", [])
     changed = []
     for key, value in identity.items():
         # A model that was trained in place is an input that this run itself has changed.
-        if record.get(key) != value and [record.get("model_files")] != value:
+        own_output = key.startswith("files of ") and made and all(file in value[0] for file in made)
+        if record.get(key) != value and not own_output:
             changed.append(key)
     if not changed:
         return ""
@@ -862,6 +875,7 @@ def open_run(args, identity):
         changed = difference(target, identity)
         if not changed:
             shutil.rmtree(args.ckpt_path, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             note(f"done   {target} is complete and made by this command: nothing to do")
             return None
         if target.resolve() != Path(args.pretrain).resolve():
