@@ -67,8 +67,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("case", [*CASES, *MISTAKES])
 def test_on_a_gpu(found, case):
-    """A case has no fault; of a mistake the right one is found."""
-    said = MISTAKES[case][-1] if case in MISTAKES else ""
+    said = MISTAKES[case][-1] if case in MISTAKES else ""  # nothing is wrong
     assert said in found[case] and bool(said) == bool(found[case]), found[case]
 
 
@@ -82,10 +81,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        if func is torch.ops.aten._local_scalar_dense.default:  # .item(), float(), if
-            out, noted = 0, "cuda" in devices
-        else:
-            out, noted = func(*args, **kwargs), len(devices) > 1
+        reads = func is torch.ops.aten._local_scalar_dense.default  # .item(), float(), if
+        out = 0 if reads else func(*args, **kwargs)
+        noted = len(devices) > 1 or (reads and "cuda" in devices)
         if func is torch.ops.aten._to_copy.default:  # .to(), .cpu()
             noted = devices != {out.device.type} and not (out.is_cuda and kwargs.get("non_blocking"))
         if noted:
