@@ -75,14 +75,10 @@ class Args:
 
     # comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)
     dataset: str = tyro.MISSING
-    dataset_probs: str | None = (
-        None  # comma list of shares of all rows, one per dataset; default: each row once
-    )
+    dataset_probs: str | None = None  # comma list: the share of all rows that each dataset gets
     dataset_split: str = "train"  # split of --dataset, where it has splits
     max_samples: int = 100_000_000  # use the first this many rows of each dataset
-    max_len: int = (
-        2048  # tokens of prompt + response; a longer response is cut, a longer prompt drops the row
-    )
+    max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
     cache_dir: str = "~/.cache/flatalign"  # encoded rows, found again by the next run; may be deleted
@@ -109,9 +105,7 @@ class Args:
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
     packing_samples: bool = False  # fill each forward pass to micro_train_batch_size x max_len tokens instead
-    zero_stage: Literal[0, 1, 2, 3] = (
-        2  # shards over ranks: 0, 1 optimiser state, 2 gradients too, 3 weights too
-    )
+    zero_stage: Literal[0, 1, 2, 3] = 2  # shard over ranks: 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
 
     # --- evaluation, logging, saving
@@ -204,20 +198,19 @@ def open_rows(name, split):
         if kind == "jsonl":
             return JsonLines(path)
         if kind == "json":
-            return json.loads(Path(path).read_bytes())
+            return tuple(json.loads(Path(path).read_bytes()))  # no list: see encode_table
         if kind in ("csv", "parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train")
-        if Path(path, "state.json").exists():
-            return datasets.load_from_disk(path)
-        if Path(path, "dataset_dict.json").exists():
-            return datasets.load_from_disk(path)[split]
+        if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(path)
+            return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split)
     except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
 
 
 def find_keys(name, row, given, flags, layouts):
-    """The columns to read: those that flags name (None: not given), else the first layout that row 1 fits."""
+    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
     for key, flag in zip(given, flags):
         if key and key not in row:
             die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
@@ -241,6 +234,7 @@ def model_config(path, args):
 def load_tokenizer(path, args):
     """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
+        model_config(path, args)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
@@ -274,15 +268,15 @@ def as_messages(value, role):
 def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
     """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
 
-    finish_reason marks a sampled row: its prompt is text as the model saw it, with template and BOS. Plain
-    text is a chat whose template just joins the parts. The text is tokenised as a whole, and a token is
-    trained if it ends inside a trained span. EOS follows a response that is finished and has no end yet.
+    finish_reason is set in rows of batch_infer.py, whose prompt is text that holds template and BOS already.
+    Plain text is a chat whose template just joins the parts. The text is tokenised as a whole, and a token is
+    trained if it ends inside a trained span.
     """
     sampled = finish_reason is not None
     chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
     plain = sampled or not chat
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
-    if plain and args.input_template and not sampled:
+    if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
         messages[0]["content"] = template.replace("{}", messages[0]["content"])
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -311,14 +305,17 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         if not text.startswith(answered):  # templates of reasoning models drop the thoughts of earlier turns
             raise ValueError("the chat template rewrites earlier turns")
         trained |= (ends > len(asked)) & (ends <= len(answered))
+    if not trained.any():
+        raise ValueError("nothing to train")
     return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
 
 
 def finish(ids, trained, tokenizer, max_len, cut):
-    """An encoded text with one BOS, EOS behind its last response unless that was cut, and at most max_len."""
+    """Ends an encoded text with its last trained token, adds EOS unless it was cut, shortens to max_len."""
     last = trained.nonzero()[0][-1]
     ids, trained = ids[: last + 1], trained[: last + 1]
-    closed = tokenizer.decode(ids[-1], skip_special_tokens=True) == ""  # the template wrote its own end
+    # A special token: the template wrote its own end.
+    closed = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
     if not closed and not cut:
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
@@ -331,7 +328,8 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 def encode_row(row, keys, tokenizer, args):
     """The columns of FEATURES that depend on the algorithm."""
-    prompt, response = row.get(keys[0]), row.get(keys[1]) if keys[1] else []
+    prompt = row.get(keys[0])
+    response = row.get(keys[1]) if keys[1] else []
     if args.pretrain_mode or keys == ("text", None):
         prompt, response = "", prompt
     if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
@@ -372,22 +370,19 @@ def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
             yield example | {"length": length, "n_trained": int(sum(example["trained"]))}
 
 
-def stamp(names):
-    """[file, size, mtime] of every file in a comma list of files and folders: tells inputs apart, unread."""
-    found = []
-    for name in names.split(","):
-        path = Path(name.strip().partition("@")[0])  # a hub name has no files, and stands for itself
-        files = model_files(path) if (path / "config.json").exists() else [path, *path.rglob("*")]
-        for file in sorted(files):
-            if file.is_file():
-                found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    return found
+def stamp(path):
+    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them.
 
-
-def model_files(folder):
-    """The files of a Hugging Face model folder; others may lie there too."""
-    patterns = "*.safetensors* pytorch_model* *config.json tokenizer* *.model *.jinja vocab* merges.txt *.py"
-    return [file for pattern in patterns.split() for file in Path(folder).glob(pattern)]
+    In a model folder those of the model count; others, such as a log, may lie beside them.
+    """
+    path = Path(path)
+    files = [path, *path.rglob("*")]
+    if (path / "config.json").exists():
+        kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py")
+        files = [file for file in path.iterdir() if file.suffix in kinds and file.name != "args.json"]
+    return [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files) if file.is_file()
+    ]
 
 
 def encode_table(name, split, tokenizer, vocab_size, args):
@@ -399,11 +394,12 @@ def encode_table(name, split, tokenizer, vocab_size, args):
         keys = choose_keys(name, rows[0], args)
     except ROW_ERRORS as e:
         die(f"dataset {name!r}: its first row is no JSON object: {e}")
-    code = Path(__file__).read_text().partition("# --- packing")[0]
-    flags = [getattr(args, flag) for flag in DATA_FLAGS]
-    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
-    decides = json.dumps([name, split, stamp(name), tokens, flags, code])
     n = min(len(rows), args.max_samples)
+    # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
+    code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    source = [name, split, stamp(name.partition("@")[0]), getattr(rows, "_fingerprint", None)]
+    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
+    decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
@@ -422,11 +418,12 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     for reason, count in counts.most_common():
         first = dropped["where"][dropped["reason"].index(reason)]
         note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first}")
-    faulty = sum(count for reason, count in counts.items() if reason not in HARMLESS)
-    if faulty > args.max_drop_ratio * n or not usable.any():
-        first = f"{dropped['where'][0]}: {dropped['reason'][0]}"
-        rows = f"{sum(counts.values()):,} of {n:,} rows cannot be used"
-        die(f"{rows} (--max_drop_ratio {args.max_drop_ratio}); {first}")
+    n_faulty = sum(count for reason, count in counts.items() if reason not in HARMLESS)
+    if n_faulty > args.max_drop_ratio * n or not usable.any():
+        summary = (
+            f"{len(dropped['where']):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio})"
+        )
+        die(f"{summary}; {dropped['where'][0]}: {dropped['reason'][0]}")
     return table.select(np.flatnonzero(usable))
 
 
@@ -436,10 +433,9 @@ def load_examples(names, probs, split, tokenizer, args):
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         advice = f"--max_len {limit}, or raise max_position_embeddings in config.json"
-        die(f"--max_len {args.max_len} exceeds the {limit} positions of the model: {advice}")
-    tables = [
-        encode_table(name.strip(), split, tokenizer, config.vocab_size, args) for name in names.split(",")
-    ]
+        die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
+    names = [name.strip() for name in names.split(",")]
+    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
     if probs and len(tables) > 1:
         shares = [float(share) for share in probs.split(",")]
         if len(shares) != len(tables):
@@ -457,12 +453,9 @@ def column(table, name):
 
 def fetch(table, indices):
     """Rows of the table as examples: {column: array or number}, and "index"."""
-    columns = table[indices]
-    examples = [{"index": int(i)} for i in indices]
-    for name, values in columns.items():
-        for example, value in zip(examples, values):
-            example[name] = np.array(value) if isinstance(value, list) else value
-    return examples
+    columns = table.with_format("numpy")[indices]
+    names = ["index", *columns]
+    return [dict(zip(names, values)) for values in zip(indices, *columns.values())]
 
 
 # --- packing, attention, log-probabilities
@@ -479,11 +472,10 @@ def split_step(lengths, max_examples, max_tokens=None):
     order = np.argsort(-lengths, kind="stable")
     n = world_size
     while True:
-        passes = [order[i::n] for i in range(n)]
-        fullest = passes[0]  # it has the longest example of each round
+        fullest = order[::n]  # the longest of each round
         fits = len(fullest) <= max_examples if max_tokens is None else lengths[fullest].sum() <= max_tokens
         if fits or len(fullest) == 1:
-            return passes[rank::world_size]
+            return [order[i::n] for i in range(rank, n, world_size)]
         n += world_size
 
 
@@ -496,7 +488,7 @@ def to_device(array, device):
 
 
 def pack_rows(examples, device):
-    """Lays examples end to end in one row of T tokens, without padding. Returns what the model reads, and
+    """Lays examples end to end in one row of T tokens, without padding.
 
     positions [N]: the hidden states that predict the N trained tokens; targets [N]: those tokens.
     """
@@ -585,9 +577,7 @@ class LogProbs(nn.Module):
 
     def logits(self, weight, bias, hidden):
         """hidden [C, H] -> fp32 logits [C, V], with what some models apply behind the head."""
-        logits = F.linear(hidden, weight, bias).float()
-        if self.scale != 1:
-            logits = logits * self.scale
+        logits = F.linear(hidden * self.scale, weight, bias).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
@@ -632,12 +622,12 @@ def sft_step(engine, examples, args, train=True):
     total_loss = torch.zeros((), device=engine.device)
     for i, members in enumerate(passes):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
-        weight = 1.0 if len(members) else 0.0
+        counts = 1.0 if len(members) else 0.0
         pack = pack_rows([examples[j] for j in members] or examples[:1], engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             per_token_logps = engine(pack)
-            loss = weight * sft_loss(per_token_logps, n_tokens)
+            loss = counts * sft_loss(per_token_logps, n_tokens)
         if train:
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
         total_loss += loss.detach()
@@ -669,11 +659,11 @@ def setup(args):
         os.makedirs(args.cache_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=args.cache_dir).close()
     except OSError as e:
-        note(
-            f"notice --cache_dir {args.cache_dir} cannot be written ({e.strerror}): a temporary folder serves"
-        )
+        note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
         return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
     if Path("/proc/driver/nvidia/version").exists():
         die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
@@ -697,11 +687,10 @@ def deepspeed_config(args, hidden_size):
         "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
         "reduce_bucket_size": 50_000_000,
         "overlap_comm": torch.cuda.is_available(),
+        "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
     }
-    if args.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = hidden_size  # only vectors stay whole on each rank
-        zero["stage3_prefetch_bucket_size"] = 50_000_000
-        zero["stage3_max_live_parameters"] = 3_000_000_000  # a large head alone exceeds the default
     if args.adam_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
@@ -721,12 +710,13 @@ def deepspeed_config(args, hidden_size):
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
-    options = {"attn_implementation": "packed", "dtype": torch.bfloat16 if args.bf16 else torch.float32}
-    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as e:
-        die(f"model {path!r}: {str(e).splitlines()[0]}")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        attn_implementation="packed",
+        trust_remote_code=args.trust_remote_code,
+        output_loading_info=True,
+    )
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -745,15 +735,17 @@ def add_lora(model, args):
     import peft
 
     options = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    return peft.get_peft_model(model, peft.LoraConfig("CAUSAL_LM", target_modules="all-linear", **options))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    )
 
 
 def start_engine(args, total_steps, wrapper=LogProbs):
     """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
     config = deepspeed_config(args, model_config(args.pretrain, args).hidden_size)
-    # Alive while the model loads: ZeRO-3 then never holds the whole model on one rank.
-    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
     torch.manual_seed(args.seed)
+    # While this object lives, a model is loaded in shards, never whole on one rank.
+    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
     model = load_model(args.pretrain, args)
     del partition_at_load
     if args.lora_rank:
@@ -803,10 +795,11 @@ def check_attention(engine, pack, alone, args):
 
 def identify(args, inputs):
     """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
-    flags = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_FLAGS}
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    files = {f"files of {flag}": stamp(names) for flag, names in inputs.items()}
-    identity = {**flags, "script": script, "ranks": int(os.environ["WORLD_SIZE"]), **files}
+    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_FLAGS}
+    identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    identity["ranks"] = int(os.environ["WORLD_SIZE"])
+    for flag, names in inputs.items():
+        identity[f"files of {flag}"] = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
@@ -816,24 +809,23 @@ def read_record(folder):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_record(folder, args, identity):
-    """args.json: the identity, all other flags for who reads it, and the model files beside it."""
-    flags = dataclasses.asdict(args) | {"use_wandb": None}  # it may be a secret
-    record = {**flags, **identity, "model_files": stamp(str(folder))}
+def write_record(folder, identity):
+    """args.json: the identity of the run, and the model files beside it."""
+    record = {**identity, "model_files": stamp(folder)}
     Path(folder, "args.json").write_text(json.dumps(record, indent=1))
 
 
 def difference(folder, identity):
     """In words, what makes this another run than the one that made the folder; "" if nothing does."""
     record = read_record(folder)
-    changed = [key for key, value in identity.items() if record.get(key) != value]
-    # A model that was trained in place is an input that this run itself has changed.
-    changed = [key for key in changed if record.get("model_files") != identity[key]]
+    changed = []
+    for key, value in identity.items():
+        # A model that was trained in place is an input that this run itself has changed.
+        if record.get(key) != value and [record.get("model_files")] != value:
+            changed.append(key)
     if not changed:
         return ""
-    key = changed[0]
-    values = f"{key} was {str(record.get(key))[:80]}, is {str(identity[key])[:80]}"
-    return f"{', '.join(changed)} changed ({values}). If that is harmless, edit {folder}/args.json"
+    return f"{', '.join(changed)} changed. If that is harmless, edit {folder}/args.json"
 
 
 def checkpoints(args):
@@ -845,20 +837,23 @@ def checkpoints(args):
 def publish(args):
     """Moves a finished model from <save_path>.partial into place; after a kill it goes on where it was.
 
-    In a folder that is there already only model files are replaced, and args.json comes last.
+    In a folder that is there already only the model is replaced, and args.json comes last.
     """
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
-    if not read_record(partial):
+    record = read_record(partial)
+    if not record:
         return
     if not target.exists():
         os.rename(partial, target)
         return
     (target / "args.json").unlink(missing_ok=True)
-    new = [name for name, *_ in read_record(partial)["model_files"]]
-    for path in model_files(target):
+    new = [name for name, *_ in record["model_files"]]
+    for path in [*target.glob("*.safetensors*"), *target.glob("pytorch_model*")]:
         if path.name not in new:
             path.unlink()
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "args.json"):
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
         os.replace(path, target / path.name)
     partial.rmdir()
 
@@ -894,7 +889,7 @@ def save_checkpoint(engine, args, step, identity):
     partial = Path(args.ckpt_path, f"step_{step}.partial")
     engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
     if dist.get_rank() == 0:
-        write_record(partial, args, identity)
+        write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
         for _, folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
@@ -916,14 +911,14 @@ def save_model(engine, tokenizer, args, identity):
             weights = model.state_dict()
         model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
         tokenizer.save_pretrained(partial)
-        write_record(partial, args, identity)
+        write_record(partial, identity)
         publish(args)
         shutil.rmtree(args.ckpt_path, ignore_errors=True)
     dist.barrier()
 
 
 def open_log(args, start_step):
-    """A function (step, metrics) that appends to metrics.jsonl, less what it has after start_step."""
+    """A function (step, metrics) that appends to metrics.jsonl, once lines after start_step are dropped."""
     path = Path(f"{args.save_path}.partial/metrics.jsonl")
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
@@ -932,6 +927,8 @@ def open_log(args, start_step):
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
         wandb = importlib.import_module("wandb")
         wandb.init()
+    elif args.use_wandb:
+        note("notice wandb is not installed: metrics are in metrics.jsonl only")
 
     def log(step, metrics):
         with open(path, "a") as file:
@@ -946,7 +943,7 @@ def open_log(args, start_step):
 
 
 def epoch_order(lengths, seed, epoch):
-    """A random order of the examples; the longest is the first of all, so that step 1 shows where memory ends."""
+    """A random order of the examples, the longest in front: where memory is short, step 1 shows it."""
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     if epoch == 0:
         longest = np.flatnonzero(order == np.argmax(lengths))[0]
@@ -957,15 +954,11 @@ def epoch_order(lengths, seed, epoch):
 def mark_trained(ids, trained, tokenizer):
     """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
     edges = np.flatnonzero(np.diff(trained.astype(int))) + 1
-    pieces = []
-    shown = 0
-    for edge in [*edges, len(ids)]:
-        text = tokenizer.decode(ids[:edge])  # from the start: tokens on their own would lose their blanks
-        pieces.append(text[shown:])
-        shown = len(text)
+    # Decoded from the start each time: tokens on their own would lose their blanks.
+    texts = ["", *[tokenizer.decode(ids[:edge]) for edge in [*edges, len(ids)]]]
+    pieces = [text[len(before) :] for before, text in zip(texts, texts[1:])]
     marked = [f"[{piece}]" if i % 2 else piece for i, piece in enumerate(pieces)]
-    marked[0] = marked[0][-60:]
-    return repr("".join(marked)[:300])
+    return repr(marked[0][-60:] + "".join(marked[1:])[:240])
 
 
 def console_line(step, total_steps, metrics, seconds_left):
@@ -1017,6 +1010,9 @@ def main(args):
     def take_step(examples, indices, train=True):
         return sft_step(engine, fetch(examples, indices), args, train)
 
+    def order_of(epoch):
+        return epoch_order(lengths, args.seed, epoch)
+
     shown = fetch(examples, [0])[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)
     # --- end algorithm
@@ -1048,7 +1044,7 @@ def main(args):
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
         if place == 0 or step == start_step + 1:
-            order = epoch_order(lengths, args.seed, epoch)
+            order = order_of(epoch)
         batch = order[place * args.train_batch_size :][: args.train_batch_size]
         torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
         began = time.time()
@@ -1066,7 +1062,7 @@ def main(args):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["peak_mem_gib"] = (peak if device == "cpu" else torch.cuda.max_memory_allocated()) / 2**30
         ends = step == total_steps
-        evaluates = held_out and (step % eval_steps == 0 or ends)
+        evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
         if evaluates:
             metrics |= evaluate()
         if evaluates or ends or step % args.logging_steps == 0:
