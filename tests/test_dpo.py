@@ -1,5 +1,6 @@
 """dpo.py against closed forms, Hugging Face's own forward, plain torch, TRL, hand-made rows, and itself resumed."""
 
+import functools
 import gc
 import itertools
 import json
@@ -31,8 +32,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def clean_environment():
-    """What setup() writes into the environment ends with the test."""
+def clean_environment(monkeypatch):
+    """One thread, as models are tiny; what setup() writes into the environment ends with the test."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -355,3 +357,134 @@ def test_wrong_reference_stops_the_run(run, monkeypatch, capsys):
     monkeypatch.setattr(dpo, "block_values", lambda *args: block_values(*args) + np.float32(0.01))
     assert run() == 2
     assert re.search(r"error: step 1: .* must be 0.6931472, but is 0\.69", capsys.readouterr().err)
+
+
+# --- equality: however a step is split, it is the step of plain torch
+
+LOSSES = {  # name: (flags, the loss of h, what its log-probs are summed to)
+    "sigmoid": ({"nll_loss_coef": 0.2}, lambda h: -F.logsigmoid(0.1 * h)),
+    "cdpo": ({"beta": 0.5, "label_smoothing": 0.2}, lambda h: -0.8 * F.logsigmoid(h / 2) - 0.2 * F.logsigmoid(-h / 2)),
+    "ipo": ({"ipo": True, "beta": 2.0}, lambda h: (h - 0.25) ** 2),
+    "ipo_sum": ({"loss_type": "ipo", "ipo_sum": True, "beta": 0.5}, lambda h: (h - 1) ** 2),
+    "length_normalized": ({"length_normalized": True, "beta": 3.0}, lambda h: -F.logsigmoid(3 * h)),
+    "simpo": ({"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5}, lambda h: -F.logsigmoid(2 * h - 0.5)),
+}
+MEANS = ("ipo", "length_normalized", "simpo")
+SPLITS = {  # name: (its loss, flags)
+    "micro1": ("sigmoid", {"micro_train_batch_size": 1, "zero_stage": 0}),
+    "micro2": ("simpo", {"micro_train_batch_size": 2, "zero_stage": 1}),
+    "micro8": ("sigmoid", {}),
+    "packing": ("sigmoid", {"micro_train_batch_size": 3, "packing_samples": True}),
+    "zero3": ("ipo", {"zero_stage": 3, "ref_offload": True, "gradient_checkpointing": True}),
+    "offload": ("length_normalized", {"adam_offload": True, "gradient_checkpointing": True}),
+    "zero3-offload": ("sigmoid", {"zero_stage": 3, "adam_offload": True, "packing_samples": True}),
+}
+CASES = {name: (name, {}) for name in LOSSES} | SPLITS
+
+
+def encode_plainly(tokenizer, prompt, response):
+    """(ids with EOS, cut at max_len; length of the prompt) by nothing but the tokenizer."""
+    ids, n_prompt = tokenizer(prompt + response)["input_ids"], len(tokenizer(prompt)["input_ids"])
+    assert ids[:n_prompt] == tokenizer(prompt)["input_ids"]
+    return [*ids, tokenizer.eos_token_id][: SETTINGS["max_len"]], n_prompt
+
+
+def plain_step(policy, ref, sequences, name):
+    """(loss, {metric: value}) of a step in padded batches: sequences are chosen, rejected, chosen, ..."""
+    flags, loss_function = LOSSES[name]
+    logps, mask = padded_logps(policy, sequences)
+    with torch.no_grad():
+        ref_logps = padded_logps(ref, sequences)[0] * (name != "simpo")
+    ratios = logps - ref_logps
+    sizes = mask.sum(1)
+    values = ratios.sum(1) / (sizes if name in MEANS else 1)
+    h = values[::2] - values[1::2]
+    nll = -logps[::2].sum() / sizes[::2].sum()
+    loss = loss_function(h).mean() + flags.get("nll_loss_coef", 0) * nll
+    metrics = {"loss": loss, "nll": nll, "rewards/margins": flags.get("beta", 0.1) * h.mean()}
+    metrics |= {"logps/chosen": logps[::2].sum(1).mean(), "length/rejected": sizes[1::2].float().mean()}
+    metrics["rewards/accuracies"] = (h > 0).float().mean()
+    if name != "simpo":
+        metrics["kl_ref"] = ((ratios.exp() * (ratios - 1) + 1) * mask).sum() / len(sequences)
+    return loss, {key: value.item() for key, value in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, other, pairs_file):
+    """plain(name): three steps of plain torch on a loss, other's reference: what dpo.py should log."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
+    pairs = [[encode_plainly(tokenizer, row["prompt"], row[k]) for k in ("chosen", "rejected")] for row in rows]
+    order = np.random.default_rng([42, 0]).permutation(len(rows)).tolist()
+    longest = np.argmax([len(chosen) + len(rejected) - n for (chosen, n), (rejected, _) in pairs])
+    place = order.index(longest)
+    order[0], order[place] = order[place], order[0]  # the longest is the first of all
+
+    @functools.cache
+    def train(name):
+        policy, ref = load_plain(tiny), load_plain(other)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+        result = {}
+        for begin in (0, 24, 48):
+            sequences = [sequence for i in order[begin : begin + 24] for sequence in pairs[i]]
+            loss, metrics = plain_step(policy, ref, sequences, name)
+            optimizer.zero_grad()
+            loss.backward()
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+            optimizer.step()
+            for key, value in metrics.items():
+                result.setdefault(key, []).append(value)
+        return result
+
+    return train
+
+
+def case_flags(case, other):
+    """Flags of a case; SimPO has no reference."""
+    loss, flags = CASES[case]
+    return {**LOSSES[loss][0], **flags, **({} if loss == "simpo" else {"ref_pretrain": other})}
+
+
+def assert_same_steps(save_path, plain):
+    found = metrics_of(save_path)
+    for name, values in plain.items():
+        assert found[name] == pytest.approx(values, rel=1e-5, abs=1e-5), name
+    assert ("kl_ref" in found) == ("kl_ref" in plain)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_equals_plain_torch(case, plain, run, other, tmp_path):
+    assert run(**case_flags(case, other)) == 0
+    assert_same_steps(tmp_path / "out", plain(CASES[case][0]))
+    assert bool(list((tmp_path / "cache").glob("logps*"))) == (CASES[case][0] != "simpo")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny, other, pairs_file, tmp_path_factory):
+    """Folder with the results of all SPLITS on two ranks, started once."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    configs = []
+    for case in SPLITS:
+        places = {"pretrain": tiny, "dataset": pairs_file, "save_path": str(out / case)}
+        configs.append({**SETTINGS, **places, **case_flags(case, other), "cache_dir": str(out / f"{case}.cache")})
+    (out / "configs.json").write_text(json.dumps(configs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(Path(__file__).with_name("launch.py")), "dpo", str(out / "configs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_two_ranks_equal_plain_torch(case, plain, two_ranks):
+    assert_same_steps(two_ranks / case, plain(CASES[case][0]))
+
+
+def test_reference_is_the_same_however_it_is_computed(two_ranks):
+    """The log-probs on disk have the same name and values for any split."""
+    files = {case: list((two_ranks / f"{case}.cache").glob("logps*")) for case in SPLITS}
+    assert files.pop("micro2") == []  # SimPO
+    assert len({file.name for (file,) in files.values()}) == 1
+    first, *others = [np.load(file) for (file,) in files.values()]
+    for logps in others:
+        assert np.abs(logps - first).max() < 1e-5
