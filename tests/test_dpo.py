@@ -55,8 +55,6 @@ def run(tiny, pairs_file, tmp_path):
             return e.code
         except Killed:
             return "killed"
-        finally:
-            gc.collect()
 
     return call
 
@@ -488,3 +486,311 @@ def test_reference_is_the_same_however_it_is_computed(two_ranks):
     first, *others = [np.load(file) for (file,) in files.values()]
     for logps in others:
         assert np.abs(logps - first).max() < 1e-5
+
+
+# --- reference log-probabilities on disk
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A list that grows by a block's number of examples whenever reference log-probs are computed, not read."""
+    calls, block_values = [], dpo.block_values
+
+    def spy(engine, examples, *rest):
+        calls.append(len(examples))
+        return block_values(engine, examples, *rest)
+
+    monkeypatch.setattr(dpo, "block_values", spy)
+    return calls
+
+
+def test_reference_is_computed_once(run, other, tmp_path, computed):
+    """Again only for other rows, another reference or dtype; not for another loss, learning rate or seed."""
+
+    def count(**flags):
+        computed.clear()
+        assert run(save_path=str(tmp_path / f"out{len(list(tmp_path.iterdir()))}"), max_steps=1, **flags) == 0
+        return sum(computed)
+
+    assert count() == 49
+    assert count(learning_rate=1e-4, beta=0.3, seed=1, loss_type="hinge", train_batch_size=7) == 0
+    assert count(ref_pretrain=other) == 49
+    assert count(bf16=True) == 49
+    assert count(ref_pretrain=other, learning_rate=1e-4) == 0
+
+
+def test_killed_reference_pass_starts_again(run, tmp_path, monkeypatch, computed):
+    assert run(cache_dir=str(tmp_path / "whole"), save_path=str(tmp_path / "a"), max_steps=1) == 0
+    spy = dpo.block_values
+
+    def killing(engine, examples, *rest):
+        if computed:
+            raise Killed
+        return spy(engine, examples, *rest)
+
+    monkeypatch.setattr(dpo, "block_values", killing)
+    computed.clear()
+    assert run(micro_train_batch_size=1, max_steps=1) == "killed" and computed == [32]  # 32 rows are a block
+    monkeypatch.setattr(dpo, "block_values", spy)
+    assert run(micro_train_batch_size=1, max_steps=1) == 0 and computed == [32, 32, 17]
+    (whole,), (file,) = [list((tmp_path / name).glob("logps*.npy")) for name in ("whole", "cache")]
+    assert np.abs(np.load(whole) - np.load(file)).max() < 1e-5
+
+
+def test_cache_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    """A notice, and a temporary folder in its place."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "file").touch()
+    assert run(cache_dir=str(tmp_path / "file/cache"), max_steps=1) == 0
+    assert "notice --cache_dir" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("flatalign-*/logps*.npy"))) == 1
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_only_one_model_in_memory(zero_stage, run, monkeypatch):
+    """The reference is gone before the policy is loaded."""
+    models, alive, load_model = [], [], dpo.load_model
+
+    def spy(*args):
+        before = [p for model in models if model() for p in model().parameters()]
+        alive.append(sum(getattr(p, "ds_tensor", p).numel() for p in before))
+        models.append(weakref.ref(model := load_model(*args)))
+        return model
+
+    monkeypatch.setattr(dpo, "load_model", spy)
+    gc.disable()
+    try:
+        assert run(zero_stage=zero_stage, max_steps=1) == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
+
+
+# --- resume
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 3, "ref_pretrain": "other"},
+        {"bf16": True},
+        {"lora_rank": 4, "lora_dropout": 0.1},
+    ],
+)
+def test_resumed_is_bit_identical(flags, run, other, tmp_path, monkeypatch, capsys):
+    flags = {"train_batch_size": 12, "save_steps": 2, "max_epochs": 2, **flags}
+    if "ref_pretrain" in flags:
+        flags["ref_pretrain"] = other
+    assert run(**{**flags, "save_steps": -1, "save_path": str(tmp_path / "whole")}) == 0
+    save_checkpoint = dpo.save_checkpoint
+
+    def killing(engine, args, step, identity):
+        save_checkpoint(engine, args, step, identity)
+        if step == 4:
+            raise Killed
+
+    monkeypatch.setattr(dpo, "save_checkpoint", killing)
+    assert run(**flags) == "killed"
+    monkeypatch.setattr(dpo, "save_checkpoint", save_checkpoint)
+    capsys.readouterr()
+    assert run(**flags) == 0
+    assert "resume" in capsys.readouterr().out
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for name in ("step", "loss", "grad_norm", "rewards/margins", "kl_ref"):
+        assert metrics_of(out)[name] == metrics_of(whole)[name]
+
+
+# --- rows
+
+
+@pytest.fixture
+def pairs_of(tiny, tmp_path):
+    """pairs_of(rows, **flags): the pairs that are built, each (chosen, rejected) as text, trained text in []."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+
+    def text(ids, trained):
+        groups = itertools.groupby(zip(ids, trained), key=lambda pair: pair[1])
+        texts = [(flag, tokenizer.decode([token for token, _ in group])) for flag, group in groups]
+        return "".join(f"[{text}]" if flag else text for flag, text in texts)
+
+    def build(rows, **flags):
+        data, places = write_rows(tmp_path / "rows.jsonl", rows), {"pretrain": tiny, "cache_dir": str(tmp_path)}
+        args = dpo.Args(**{**SETTINGS, **places, "dataset": data, **flags})
+        table = dpo.load_examples(data, None, "train", dpo.load_tokenizer(tiny, args), args)
+        pairs = []
+        for example in dpo.fetch(table, np.arange(len(table))):
+            n_prompt, begin, end = example["ends"]
+            rejected = np.r_[0:n_prompt, begin:end]
+            parts = [(example["input_ids"][part], example["trained"][part]) for part in (np.arange(begin), rejected)]
+            pairs.append(tuple(text(*part) for part in parts))
+            build.n_prompt = n_prompt
+        return pairs
+
+    return build
+
+
+def said(*contents):
+    """A conversation, the user first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def pair_of(head, chosen="river<eos>", rejected="walls<eos>"):
+    return f"{head}[{chosen}]", f"{head}[{rejected}]"
+
+
+TEXTS = {"chosen": "river", "rejected": "walls"}
+TALKS = {"chosen": said("red?", "river"), "rejected": said("red?", "walls")}
+ASKED = "<|user|>red?<eos>\n<|assistant|>"
+TWO_TURNS = f"<|user|>a<eos>\n<|assistant|>b<eos>\n{ASKED}"
+HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: red?\n\nAssistant:"
+HH_ROW = {"chosen": f"{HH} river", "rejected": f"{HH} walls"}
+SHAREGPT = [[{"from": "human", "value": "red?"}, {"from": "gpt", "value": text}] for text in ("river", "walls")]
+REASONS = {"chosen_finish_reason": "stop", "rejected_finish_reason": "length"}
+LAYOUTS = {  # name: (row, flags, the pair)
+    "text": ({"prompt": "red?\n", **TEXTS}, {}, pair_of("red?\n")),
+    "numbers": ({"prompt": "2+2=", "chosen": 4, "rejected": 5.5}, {}, pair_of("2+2=", "4<eos>", "5.5<eos>")),
+    "template": ({"prompt": "red", **TEXTS}, {"input_template": "Q: {}\\nA:"}, pair_of("Q: red\nA:")),
+    "chat template": ({"prompt": "red?", **TEXTS}, {"apply_chat_template": True}, pair_of(ASKED)),
+    "messages": (
+        {"prompt": said("red?"), "chosen": said("", "river")[1:], "rejected": said("", "walls")[1:]},
+        {},
+        pair_of(ASKED),
+    ),
+    "prompt of messages, text": ({"prompt": said("a", "b", "red?"), **TEXTS}, {}, pair_of(TWO_TURNS)),
+    "conversations": (
+        {"chosen": said("a", "b", "red?", "river"), "rejected": said("a", "b", "red?", "walls")},
+        {},
+        pair_of(TWO_TURNS),
+    ),
+    "conversations beside a text prompt": ({"prompt": "red?", **TALKS, "messages": []}, {}, pair_of(ASKED)),
+    "conversations beside a prompt of messages": ({"prompt": said("red?"), **TALKS}, {}, pair_of(ASKED)),
+    "ShareGPT": (dict(zip(("chosen", "rejected"), SHAREGPT)), {}, pair_of(ASKED)),
+    "hh-rlhf as text": (HH_ROW, {}, pair_of(HH, " river<eos>", " walls<eos>")),
+    "hh-rlhf as a chat": (HH_ROW, {"apply_chat_template": True}, pair_of(TWO_TURNS)),
+    "sampled": (
+        {"id": 3, "prompt": ASKED, "chosen": "river", "rejected": "walls and", "chosen_reward": 1.0, **REASONS},
+        {"apply_chat_template": True},  # it is applied already
+        pair_of(ASKED, "river<eos>", "walls and"),
+    ),
+    "question": ({"question": "red?\n", **TEXTS}, {}, pair_of("red?\n")),
+    "key flags": (
+        {"q": "red?\n", "good": "river", "bad": "walls", "prompt": "no", "chosen": "no", "rejected": "yes"},
+        {"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"},
+        pair_of("red?\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, pairs_of):
+    row, flags, expected = LAYOUTS[name]
+    assert pairs_of([row], **flags) == [expected]
+
+
+def test_prompt_is_stored_once(pairs_of, tokenizer):
+    """In the table; no more than that, though both responses begin alike."""
+    pairs_of([{"prompt": "red river?\n", "chosen": "old walls", "rejected": "old boats"}])
+    assert pairs_of.n_prompt == len(tokenizer("red river?\n")["input_ids"])
+
+
+def test_pairs_that_are_dropped(pairs_of, capsys):
+    """Identical pairs do not count for --max_drop_ratio, what cannot be used does."""
+    good = {"prompt": "red?\n", **TEXTS}
+    same = {"prompt": "red?\n", "chosen": "old", "rejected": "old"}
+    cut = {"prompt": "red?\n", "chosen": "a " * 60 + "b", "rejected": "a " * 60 + "c"}  # differ behind max_len
+    bad = [{**good, "chosen": text} for text in ("", " \n", None, [], True)]
+    assert len(pairs_of([good, same, same, cut, *bad, good], max_drop_ratio=0.5, max_len=40)) == 2
+    out = capsys.readouterr().out
+    assert re.search(r"dropped 3 of 10 rows: chosen == rejected; the first: .*rows.jsonl:2", out)
+    assert "dropped 2 of 10 rows: empty response; the first" in out
+    assert len(pairs_of([good] * 10 + [same] * 20)) == 10
+
+
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+BAD_INPUT = [  # rows, flags, what the error says
+    ([{"text": "a"}], {}, "columns text: which"),
+    ([{"prompt": "a", "chosen": "b"}], {}, "--rejected_key"),
+    ([GOOD], {"prompt_key": "question"}, "no column 'question'"),
+    ([GOOD], {"prompt_key": "prompt", "chosen_key": "better"}, "no column 'better'"),
+    ([{"chosen": "b", "rejected": "c"}], {}, "no prompt column, and no"),
+    ([{**GOOD, "rejected": "b"}] * 2, {}, "chosen == rejected"),
+    ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: empty response"),
+    ([GOOD, {**GOOD, "prompt": "red " * 200}], {}, "rows.jsonl:2: prompt >= max_len"),
+    ([GOOD], {"ref_pretrain": "no/such-model"}, "no/such-model"),
+    ([GOOD], {"label_smoothing": 0.5}, "--label_smoothing"),
+    ([GOOD], {"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing"),
+    ([GOOD], {"loss_type": "simpo", "ref_pretrain": "other"}, "--ref_pretrain"),
+    ([GOOD], {"beta": 0.0}, "--beta must be above 0"),
+]
+
+
+@pytest.mark.parametrize("rows, flags, message", BAD_INPUT)
+def test_bad_input(rows, flags, message, run, tmp_path, capsys):
+    assert run(dataset=write_rows(tmp_path / "rows.jsonl", rows), **flags) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+# --- TRL
+
+TRL = """
+import json, sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+tiny, other, data, out = sys.argv[1:]
+rows = [json.loads(line) for line in open(data)]
+losses = {}
+for name, options in json.load(open(out)).items():
+    model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (tiny, other))
+    args = DPOConfig(output_dir=out + ".d", per_device_train_batch_size=8, max_steps=1, logging_steps=1, max_length=512,
+                     use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, disable_tqdm=True,
+                     save_strategy="no", **options)
+    trainer = DPOTrainer(model, ref, args=args, train_dataset=Dataset.from_list(rows),
+                         processing_class=AutoTokenizer.from_pretrained(tiny))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    losses[name] = [log["loss"], log["rewards/margins"], log["logps/chosen"], log["logps/rejected"], log["grad_norm"]]
+json.dump(losses, open(out, "w"))
+"""
+ROBUST = {"label_smoothing": 0.1}
+TRL_CASES = {  # name: (TRL's options, ours)
+    "sigmoid": ({}, {}),
+    "cdpo": (ROBUST, ROBUST),
+    "ipo": ({"loss_type": ["ipo"]}, {"loss_type": "ipo"}),
+    "hinge": ({"loss_type": ["hinge"]}, {"loss_type": "hinge"}),
+    "robust": ({"loss_type": ["robust"], **ROBUST}, {"loss_type": "robust", **ROBUST}),
+    "nll": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}, {"nll_loss_coef": 0.3}),
+    "length-normalised": ({"loss_type": ["sigmoid_norm"]}, {"length_normalized": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def trl_losses(tiny, other, tmp_path_factory):
+    """The first step of TRL's DPOTrainer on 8 pairs, in a process of its own: {case: its log}, and the pairs."""
+    pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.0 accelerate")
+    folder = tmp_path_factory.mktemp("trl")
+    pairs = write_rows(folder / "pairs.jsonl", make_pairs(8, seed=5))
+    (folder / "out.json").write_text(json.dumps({name: options for name, (options, _) in TRL_CASES.items()}))
+    command = [sys.executable, "-c", TRL, tiny, other, pairs, str(folder / "out.json")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "out.json").read_text()), pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRL_CASES)
+def test_equals_trl(name, trl_losses, run, other, tmp_path):
+    losses, pairs = trl_losses
+    assert run(dataset=pairs, ref_pretrain=other, train_batch_size=8, max_len=512, **TRL_CASES[name][1]) == 0
+    found = metrics_of(tmp_path / "out")
+    loss, margins, chosen, rejected, grad_norm = losses[name]
+    assert found["loss"][0] == pytest.approx(loss, abs=1e-5, rel=1e-6)
+    assert found["grad_norm"][0] == pytest.approx(grad_norm, rel=1e-4)
+    if name not in ("ipo", "length-normalised"):  # TRL logs sums there, we what the loss sees
+        assert found["rewards/margins"][0] == pytest.approx(margins, abs=1e-4)
+        assert [found["logps/chosen"][0], found["logps/rejected"][0]] == pytest.approx([chosen, rejected], abs=1e-3)
