@@ -179,6 +179,7 @@ FEATURES = Features(  # the columns of an encoded row
     trained=List(Value("bool")),  # is the token part of the loss?
     length=Value("int32"),  # tokens fed; 0: the row cannot be used
     n_trained=Value("int32"),
+    n_chosen=Value("int32"),  # trained tokens of the chosen response
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
@@ -241,19 +242,6 @@ def open_rows(name, split):
         return datasets.load_dataset(path, subset or None, split=split)
     except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-
-
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
 
 
 # --- text and tokens. A ValueError says why a row cannot be used
@@ -361,7 +349,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 
 def split_response(prompt, response, args):
-    """(prompt, response); conversations, and text as in Anthropic/hh-rlhf, have the prompt in the response."""
+    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
     if prompt is not None:
@@ -390,15 +378,21 @@ def encode_row(row, keys, tokenizer, args):
     n_prompt = differ[0] if len(differ) else limit
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
-    return {"input_ids": ids, "trained": trained, "ends": [n_prompt, len(chosen), len(ids)]}
+    ends = [n_prompt, len(chosen), len(ids)]
+    return {"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}
 
 
 def choose_keys(name, row, args):
     """(prompt column or None, chosen column, rejected column) of a dataset, from its first row."""
-    given = (args.prompt_key, args.chosen_key, args.rejected_key)
-    layouts = [(key, *given[1:]) for key in ("prompt", "question", "instruction", "input", None)]
-    flags = ("--prompt_key", "--chosen_key", "--rejected_key")
-    return find_keys(name, row, given if args.prompt_key else (None,) * 3, flags, layouts)
+    prompt_keys = (
+        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
+    )
+    for prompt_key in prompt_keys:
+        keys = (prompt_key, args.chosen_key, args.rejected_key)
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--prompt_key, --chosen_key, --rejected_key"
+    die(f"dataset {name!r} has the columns {', '.join(row)}: choose with {flags}")
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
@@ -735,25 +729,20 @@ def takes_means(args):
 
 
 def pair_sums(per_token, counts):
-    """Sums [B, 2] over the tokens of each response, chosen and rejected; counts: its trained tokens, 2B."""
-    return torch.stack([part.sum() for part in per_token.split(counts)]).view(-1, 2)
-
-
-def count_trained(example):
-    """Trained tokens of chosen and rejected."""
-    n_chosen = int(example["trained"][: example["ends"][1]].sum())
-    return n_chosen, example["n_trained"] - n_chosen
+    """Sums [B, 2] over the tokens of chosen and rejected responses; counts [B, 2]: their trained tokens."""
+    return torch.stack([part.sum() for part in per_token.split(counts.ravel().tolist())]).view(-1, 2)
 
 
 @torch.no_grad()
-def pair_metrics(values, logps, tokens, log_ratios, counts, args):
-    """{name: [B]} of what is logged beside the loss; values, logps, tokens [B, 2]; log_ratios [N]."""
+def pair_metrics(values, logps, log_ratios, counts, args):
+    """{name: [B]} of what is logged beside the loss; values, logps, counts [B, 2]; log_ratios [N]."""
     rewards = args.beta * values
     margins = rewards[:, 0] - rewards[:, 1]
     metrics = {
         "rewards/margins": margins,
         "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),  # a tie is half right: all are in step 1
     }
+    tokens = to_device(counts.astype(np.float32), values.device)
     for name, pair in (("rewards", rewards), ("logps", logps), ("length", tokens)):
         metrics |= {f"{name}/chosen": pair[:, 0], f"{name}/rejected": pair[:, 1]}
     if LOSSES[args.loss_type].needs_reference:
@@ -770,7 +759,7 @@ def dpo_step(engine, examples, args, train=True):
     metrics, the same on all ranks.
     """
     loss = LOSSES[args.loss_type]
-    n_chosen = sum(count_trained(example)[0] for example in examples)
+    n_chosen = sum(example["n_chosen"] for example in examples)
     max_tokens = 2 * args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
@@ -779,8 +768,7 @@ def dpo_step(engine, examples, args, train=True):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
         weight = 1.0 if len(members) else 0.0
         batch = [examples[j] for j in members] or examples[:1]
-        counts = [count for example in batch for count in count_trained(example)]
-        tokens = to_device(np.array(counts, dtype=np.float32).reshape(-1, 2), engine.device)
+        counts = np.array([[e["n_chosen"], e["n_trained"] - e["n_chosen"]] for e in batch])  # [B, 2]
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             per_token_logps = engine(pack_trees(batch, engine.device))
@@ -790,13 +778,13 @@ def dpo_step(engine, examples, args, train=True):
                 log_ratios = per_token_logps - to_device(ref_logps, engine.device)
             values, logps = pair_sums(log_ratios, counts), pair_sums(per_token_logps, counts)
             if takes_means(args):
-                values = values / tokens
+                values = values / to_device(counts, engine.device)
             nll = -logps[:, 0].sum() / n_chosen
             losses = loss.function(values[:, 0], values[:, 1], args)
             share = losses.sum() / len(examples) + args.nll_loss_coef * nll
         if train:
             engine.backward(weight * share * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        metrics = pair_metrics(values, logps, tokens, log_ratios, counts, args)
+        metrics = pair_metrics(values, logps, log_ratios, counts, args)
         shares = {name: value.sum() / len(examples) for name, value in metrics.items()}
         shares |= {"loss": share, "nll": nll}
         totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
@@ -833,7 +821,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
@@ -1007,7 +999,7 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- frozen models: what they give is computed once, kept in --cache_dir and memory-mapped
+# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
 
 
 class PerToken:
@@ -1023,68 +1015,58 @@ class PerToken:
 
 
 def cache_file(kind, decides, args):
-    """(path in --cache_dir for what the list decides, whether it is there)."""
+    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     file = Path(args.cache_dir, f"{kind}-{key}.npy")
     found = [file.exists()]
-    dist.broadcast_object_list(found)  # as rank 0 sees it
+    dist.broadcast_object_list(found)
     return file, found[0]
 
 
 @torch.no_grad()
-def block_values(engine, examples, pack_fn, args):
-    """What the engine gives for the trained tokens of some examples, [N, ...]; each rank computes a share."""
-    parts = {}
-    most = 4 * args.micro_train_batch_size  # without a gradient, more fits
-    for members in split_step([example["length"] for example in examples], most):
+def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args):
+    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
+
+    examples_of(indices) -> examples. Each rank writes the values of its share into one file, which appears
+    by rename: several nodes need a shared disk.
+    """
+    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
+    dist.broadcast_object_list(partial)
+    if dist.get_rank() == 0:
+        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
+    dist.barrier()
+    output = np.load(partial[0], mmap_mode="r+")
+    ends = np.cumsum(n_trained)
+    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
+    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
         members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
-        values = engine(pack_fn([examples[j] for j in members], engine.device))
-        sizes = [examples[j]["n_trained"] for j in members]
-        parts |= zip(members, values.float().split(sizes))
-    ends = np.cumsum([example["n_trained"] for example in examples])
-    block = torch.full((int(ends[-1]), *values.shape[1:]), -torch.inf, device=engine.device)
-    for j, part in parts.items():
-        block[ends[j] - len(part) : ends[j]] = part
-    dist.all_reduce(block, op=dist.ReduceOp.MAX)
-    return block.cpu().numpy()
-
-
-def write_values(file, engine, fetch_fn, n_trained, pack_fn, args):
-    """Writes block_values of all examples, fetch_fn(indices), to a file that PerToken reads."""
-    rank, written = dist.get_rank(), 0
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    size = 32 * args.micro_train_batch_size * dist.get_world_size()  # examples of a block
-    quiet = rank != 0 or not sys.stderr.isatty()
-    for first in tqdm.tqdm(range(0, len(n_trained), size), file.stem[:12], disable=quiet):
-        indices = np.arange(first, min(first + size, len(n_trained)))
-        block = block_values(engine, fetch_fn(indices), pack_fn, args)
-        if rank == 0 and first == 0:
-            shape = (int(n_trained.sum()), *block.shape[1:])
-            output = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        if rank == 0:
-            output[written : written + len(block)] = block
-            written += len(block)
-    if rank == 0:
-        output.flush()
-        os.replace(partial, file)
+        examples = examples_of(members)
+        values = engine(pack_fn(examples, engine.device)).float().cpu().numpy()
+        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
+            output[ends[i] - len(part) : ends[i]] = part
+    output.flush()
     for p in engine.parameters():
         if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
             p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
     dist.barrier()
+    if dist.get_rank() == 0:
+        os.replace(partial[0], file)
+    dist.barrier()
 
 
 def reference_logps(tables, args, device):
-    """{table's fingerprint: PerToken of its log-probs [sum of n_trained] under the reference}."""
+    """{table's fingerprint: PerToken of its log-probs under the reference}."""
     path = args.ref_pretrain or args.pretrain
-    engine, references = None, {}
+    references = {}
     for table in tables:
-        n_trained = column(table, "n_trained")
+        lengths, n_trained = column(table, "length"), column(table, "n_trained")
         file, found = cache_file("logps", [table._fingerprint, path, stamp(path), args.bf16], args)
-        if not found and engine is None:
+        if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
             check_tree(engine, args)
-        if not found:
-            write_values(file, engine, functools.partial(fetch, table), n_trained, pack_trees, args)
+            examples_of = functools.partial(fetch, table)
+            write_values(file, engine, examples_of, lengths, n_trained, (), pack_trees, args)
         references[table._fingerprint] = PerToken(file, n_trained)
     return references
 
@@ -1128,9 +1110,9 @@ def difference(folder, identity):
 
 
 def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
+    """Folders of all complete checkpoints, newest first."""
     folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def publish(args):
@@ -1172,12 +1154,12 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
+    for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
         note(f"resume {folder}")
-        return step
+        return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
     partial.mkdir()
     return 0
@@ -1190,7 +1172,7 @@ def save_checkpoint(engine, args, step, identity):
     if dist.get_rank() == 0:
         write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -1264,14 +1246,10 @@ def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels["grad_norm"] = "grad"
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in labels.items() if name in metrics]
-    if "lr" in metrics:
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tok/s")
-        parts.append(
-            f"{metrics['peak_mem_gib']:.1f} GiB  left {datetime.timedelta(seconds=int(seconds_left))}"
-        )
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):
