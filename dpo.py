@@ -92,7 +92,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs; may be deleted
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else a next run finds; may be deleted
     prompt_key: str | None = None  # column of the prompt; default: a known one, or the responses include it
     chosen_key: str = "chosen"  # column of the preferred response: text, messages, or a whole conversation
     rejected_key: str = "rejected"  # column of the other response, in the same form
@@ -101,8 +101,8 @@ class Args:
 
     # --- loss
 
-    loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "simpo"] = "sigmoid"  # formulas: above
-    beta: float = 0.1  # how closely the policy keeps to the reference; 2 to 10 for means per token
+    loss_type: str = "sigmoid"  # sigmoid, robust, hinge, ipo or simpo: their formulas stand above
+    beta: float = 0.1  # how closely the policy keeps to the reference
     label_smoothing: float = 0.0  # assumed share of wrong labels, 0 to 0.5, with sigmoid (cDPO) or robust
     ipo: bool = False  # old name of --loss_type ipo
     ipo_sum: bool = False  # IPO with summed log-probs in place of means per token
@@ -155,6 +155,8 @@ class Args:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
         self.loss_type = "ipo" if self.ipo else self.loss_type
+        if self.loss_type not in LOSSES:
+            die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
         loss = LOSSES[self.loss_type]
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
             die("--beta must be above 0, --label_smoothing from 0 to below 0.5")
@@ -221,7 +223,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -263,8 +269,11 @@ def load_tokenizer(path, args):
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     template = args.tokenizer_chat_template
-    if template:
-        tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
+    if template and template.endswith(".jinja"):
+        if not Path(template).is_file():
+            die(f"--tokenizer_chat_template {template}: no such file")
+        template = Path(template).read_text()
+    tokenizer.chat_template = template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template FILE.jinja")
     return tokenizer
@@ -279,8 +288,8 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        speaker = turn.get("role") or turn.get("from")
-        content = turn.get("content") or turn.get("value")
+        speaker = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or not isinstance(content, str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
@@ -291,8 +300,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
 
     finish_reason is set in rows of batch_infer.py, whose prompt is text that holds template and BOS already.
-    Plain text is a chat whose template just joins the parts. The text is tokenised as a whole, and a token is
-    trained if it ends inside a trained span.
+    Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
     """
     sampled = finish_reason is not None
     chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
@@ -321,10 +329,13 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     trained = np.zeros(len(ids), dtype=bool)
     for i in turns if multiturn else turns[-1:]:
         # From where the answer is asked for, so that what is trained is what will be asked for.
-        asked = os.path.commonprefix([text, render(i, add_generation_prompt=True)])
+        question = render(i, add_generation_prompt=True)
+        asked = os.path.commonprefix([text, question])
+        before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
         # Many templates write a newline behind a turn, which is not trained.
         answered = render(i + 1) if plain else render(i + 1).rstrip()
-        if not text.startswith(answered):  # templates of reasoning models drop the thoughts of earlier turns
+        # Templates of reasoning models drop the thoughts of earlier turns.
+        if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
         trained |= (ends > len(asked)) & (ends <= len(answered))
     if not trained.any():
@@ -364,11 +375,25 @@ def split_response(prompt, response, args):
     return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
 
 
-def encode_row(row, keys, tokenizer, args):
-    """The columns of FEATURES that depend on the algorithm: a pair whose prompt is stored once."""
+def choose_keys(row, args):
+    """(prompt column or None, chosen column, rejected column) of a row."""
+    prompt_keys = (
+        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
+    )
+    for prompt_key in prompt_keys:
+        keys = (prompt_key, args.chosen_key, args.rejected_key)
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--prompt_key, --chosen_key, --rejected_key"
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with {flags}")
+
+
+def encode_row(row, tokenizer, args):
+    """The examples of a row, just one here: a pair whose prompt is stored once."""
+    prompt_key, *response_keys = choose_keys(row, args)
     sides = []
-    for key, name in zip(keys[1:], ("chosen", "rejected")):
-        prompt, response = split_response(row.get(keys[0]), row.get(key), args)
+    for key, name in zip(response_keys, ("chosen", "rejected")):
+        prompt, response = split_response(row.get(prompt_key), row[key], args)
         sides.append(encode(prompt, response, tokenizer, args, row.get(f"{name}_finish_reason")))
     (chosen, chosen_trained), (rejected, rejected_trained) = sides
     if np.array_equal(chosen, rejected):  # if only after truncation
@@ -379,42 +404,34 @@ def encode_row(row, keys, tokenizer, args):
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
     ends = [n_prompt, len(chosen), len(ids)]
-    return {"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}
-
-
-def choose_keys(name, row, args):
-    """(prompt column or None, chosen column, rejected column) of a dataset, from its first row."""
-    prompt_keys = (
-        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
-    )
-    for prompt_key in prompt_keys:
-        keys = (prompt_key, args.chosen_key, args.rejected_key)
-        if set(keys) - {None} <= set(row):
-            return keys
-    flags = "--prompt_key, --chosen_key, --rejected_key"
-    die(f"dataset {name!r} has the columns {', '.join(row)}: choose with {flags}")
+    return [{"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}]
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
-def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
-    """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
+    """Yields the examples of each row of the spans [(first, last)]: for one that cannot be used, a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
     """
     for first, last in spans:
         for i in range(first, last):
-            example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
-            example["reason"] = ""
+            reason = ""
             try:
-                example |= encode_row(rows[i], keys, tokenizer, args)
-                if max(example["input_ids"]) >= vocab_size:
+                row = rows[i]
+                if not isinstance(row, dict):
+                    raise ValueError("a row must be an object")
+                examples = encode_row(row, tokenizer, args)
+                if max(max(example["input_ids"]) for example in examples) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
-                example["reason"] = str(e).partition("\n")[0][:200] or type(e).__name__
-            length = 0 if example["reason"] else len(example["input_ids"])
-            yield example | {"length": length, "n_trained": int(sum(example["trained"]))}
+                reason = str(e).partition("\n")[0][:200] or type(e).__name__
+                examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
+            for example in examples:
+                example |= {"where": f"{name}:{i + 1}", "reason": reason}
+                example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
+                yield example
 
 
 def stamp(path):
@@ -437,10 +454,6 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     rows = open_rows(name, split)
     if not len(rows):
         die(f"dataset {name!r}: no rows")
-    try:
-        keys = choose_keys(name, rows[0], args)
-    except ROW_ERRORS as e:
-        die(f"dataset {name!r}: its first row is no JSON object: {e}")
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -449,13 +462,13 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), "args": args, **inputs},
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -484,11 +497,14 @@ def load_examples(names, probs, split, tokenizer, args):
     names = [name.strip() for name in names.split(",")]
     tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
     if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
+        shares = probs.split(",")
+        numbers = [share.strip().replace(".", "", 1).isdecimal() for share in shares]
+        if not all(numbers) or len(shares) != len(tables):
             die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
         total = sum(len(table) for table in tables)
-        orders = [np.resize(np.arange(len(table)), round(p * total)) for table, p in zip(tables, shares)]
+        orders = [
+            np.resize(np.arange(len(table)), round(float(p) * total)) for table, p in zip(tables, shares)
+        ]
         tables = [table.select(order) for table, order in zip(tables, orders)]
     return datasets.concatenate_datasets(tables)
 
@@ -713,7 +729,7 @@ class Loss(NamedTuple):
     takes_smoothing: bool = False
 
 
-# A new loss: its function above, a line here, its name in --loss_type.
+# A new loss is a function above and a line here.
 LOSSES = {
     "sigmoid": Loss(sigmoid_loss, takes_smoothing=True),
     "robust": Loss(robust_loss, takes_smoothing=True),
@@ -837,7 +853,7 @@ def setup(args):
         note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if int(local_size) > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
         return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
     if Path("/proc/driver/nvidia/version").exists():
@@ -1099,10 +1115,12 @@ def write_record(folder, identity):
 def difference(folder, identity):
     """In words, what makes this another run than the one that made the folder; "" if nothing does."""
     record = read_record(folder)
+    made = record.get("model_files", [])
     changed = []
     for key, value in identity.items():
         # A model that was trained in place is an input that this run itself has changed.
-        if record.get(key) != value and [record.get("model_files")] != value:
+        own_output = key.startswith("files of ") and made and all(file in value[0] for file in made)
+        if record.get(key) != value and not own_output:
             changed.append(key)
     if not changed:
         return ""
@@ -1146,6 +1164,7 @@ def open_run(args, identity):
         changed = difference(target, identity)
         if not changed:
             shutil.rmtree(args.ckpt_path, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             note(f"done   {target} is complete and made by this command: nothing to do")
             return None
         if target.resolve() != Path(args.pretrain).resolve():
