@@ -114,7 +114,7 @@ class Args:
 
     # --- optimisation
 
-    learning_rate: float = 5e-6  # peak learning rate of AdamW
+    learning_rate: float = 5e-7  # peak learning rate of AdamW
     # decay of the learning rate after the warm-up
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine_with_min_lr"
     lr_warmup_ratio: float = 0.03  # share of all steps with linear warm-up
@@ -967,7 +967,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
@@ -1083,6 +1083,7 @@ def reference_logps(tables, args, device):
             check_tree(engine, args)
             examples_of = functools.partial(fetch, table)
             write_values(file, engine, examples_of, lengths, n_trained, (), pack_trees, args)
+            del engine  # before the next one, or the policy, is loaded
         references[table._fingerprint] = PerToken(file, n_trained)
     return references
 

@@ -911,7 +911,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
@@ -1025,7 +1025,7 @@ def start_teacher(vocab_size, args, device):
     """The teacher's engine, frozen and checked."""
     wrapper = functools.partial(Teacher, vocab_size=vocab_size, args=args)
     engine = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
-    check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the student's alone
+    check_rows(engine, args)
     return engine
 
 

@@ -685,7 +685,9 @@ def response_sums(engine, examples):
 def kto_z0(engine, mismatched, args):
     """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
     total = torch.zeros((), device=engine.device)
-    for members in split_step([example["length"] for example in mismatched], 4 * args.micro_train_batch_size):
+    lengths = [example["length"] for example in mismatched]
+    max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
+    for members in split_step(lengths, args.micro_train_batch_size, max_tokens):
         batch = [mismatched[j] for j in members] or mismatched[:1]
         weight = 1.0 if len(members) else 0.0
         total += weight * response_sums(engine, batch)[0].sum()
@@ -889,7 +891,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
@@ -1045,7 +1047,7 @@ def reference_rows(tables, args, device):
         file, found = cache_file("logps", decides, args)
         if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
-            check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the policy's alone
+            check_rows(engine, args)
             write_values(file, engine, rows.fetch, rows.lengths, rows.n_trained, (), pack_rows, args)
             del engine  # before another one is loaded
         rows.ref_logps = PerToken(file, rows.n_trained)

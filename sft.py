@@ -786,7 +786,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
