@@ -741,7 +741,9 @@ LOSSES = {
 
 def takes_means(args):
     """Whether a response counts by its mean log-prob per token."""
-    return args.length_normalized or (LOSSES[args.loss_type].takes_means and not args.ipo_sum)
+    if args.loss_type == "ipo" and args.ipo_sum:
+        return False
+    return args.length_normalized or LOSSES[args.loss_type].takes_means
 
 
 def pair_sums(per_token, counts):
@@ -901,13 +903,12 @@ def deepspeed_config(args, hidden_size):
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        attn_implementation="packed",
-        trust_remote_code=args.trust_remote_code,
-        output_loading_info=True,
-    )
+    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -1280,6 +1281,7 @@ def main(args):
     # --- algorithm: dpo (inputs)
     inputs = {"pretrain": args.pretrain, "dataset": args.dataset}
     if args.ref_pretrain:
+        load_tokenizer(args.ref_pretrain, args)  # stops where there is no such model
         inputs["ref_pretrain"] = args.ref_pretrain
     # --- end algorithm
     identity = identify(args, inputs)

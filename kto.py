@@ -825,13 +825,12 @@ def deepspeed_config(args, hidden_size):
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        attn_implementation="packed",
-        trust_remote_code=args.trust_remote_code,
-        output_loading_info=True,
-    )
+    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -1266,7 +1265,10 @@ def main(args):
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kto (inputs)
-    inputs = {"pretrain": args.pretrain, "dataset": args.dataset, "ref_pretrain": args.ref_pretrain or ""}
+    inputs = {"pretrain": args.pretrain, "dataset": args.dataset}
+    if args.ref_pretrain:
+        load_tokenizer(args.ref_pretrain, args)  # stops where there is no such model
+        inputs["ref_pretrain"] = args.ref_pretrain
     # --- end algorithm
     identity = identify(args, inputs)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)

@@ -720,13 +720,12 @@ def deepspeed_config(args, hidden_size):
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        attn_implementation="packed",
-        trust_remote_code=args.trust_remote_code,
-        output_loading_info=True,
-    )
+    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
