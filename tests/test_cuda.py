@@ -158,7 +158,7 @@ def run_frozen(script, name, args, table):
 
 def check(case, script, name, family, flags, folder):
     """What is wrong with a case: "" if nothing is."""
-    save_family(family, folder, **FAMILIES[family] | SHAPES.get(family, {}))
+    save_family(family, folder, **SHAPES.get(family, {}))
     paths = {"pretrain": folder, "dataset": "", "cache_dir": folder}
     paths |= {"teacher_model": folder} if name == "kd" else {}
     script.deepspeed.initialize = initialize
