@@ -785,8 +785,10 @@ def test_vllm_engines(home, tmp_path):
     assert done.returncode == 2 and "Traceback" in done.stderr
     assert "error: a vLLM engine failed, see above" in done.stderr and "--eval_task generate" in done.stderr
     killed = subprocess.Popen(command(two | {"seed": 7}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(12)
-    engines = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True).stdout.split()
+    engines = []
+    while len(engines) < 2 and killed.poll() is None:
+        time.sleep(0.1)
+        engines = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     killed.kill()
     killed.wait()
     time.sleep(1)
