@@ -129,9 +129,9 @@ class Args:
     dp_size: int = 1  # vLLM: this many engines, each a process with tp_size GPUs of its own
     max_num_seqs: int | None = None  # vLLM: most samples that run at the same time; default: vLLM's own
     gpu_memory_utilization: float = 0.9  # vLLM: share of the GPU's memory to use
-    flash_attn: bool = False  # accepted for old commands, as the next two; they change nothing
-    enable_prefix_caching: bool = False  # vLLM always shares a prompt among its samples
-    zero_stage: int = 0  # nothing is sharded here
+    flash_attn: bool = False  # accepted for old commands; it changes nothing
+    enable_prefix_caching: bool = False  # accepted for old commands: vLLM always does it
+    zero_stage: int = 0  # accepted for old commands: nothing is sharded here
     local_rank: int = -1  # set by the deepspeed launcher
 
     def __post_init__(self):

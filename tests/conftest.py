@@ -67,7 +67,7 @@ def make_model(folder, tokenizer, **changes):
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
-    options = {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    options = {"num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": True}
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=512, **{**sizes, **ids, **options, "initializer_range": 0.1, **changes})
     Qwen2ForCausalLM(config).save_pretrained(folder)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from launch import load_script
 
 SCRIPTS = {name: load_script(name) for name in ("sft", "dpo", "kto", "kd", "batch_infer")}
-prepare = load_script("examples/prepare")
 TASKS = ("sft", "dpo", "kto", "kd", "generate", "rm")
 FORMATS = ("jsonl", "json", "csv", "parquet")
 MAX_LEN = 100
@@ -518,46 +517,3 @@ def check_examples(examples):
                 assert len(ids) == len(trained) and trained.any()
         else:  # a prompt
             assert example.ids and example.room > 0 and json.dumps(example.fields, ensure_ascii=False).encode()
-
-
-# --- examples/prepare.py: what a trainer refuses, repaired
-
-
-def prepared(capsys, content, *fixes, name="raw.jsonl", **flags):
-    """(rows that examples/prepare.py makes of a file, what it says)."""
-    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    args = prepare.Args(dataset=name, output_path="rows.jsonl", fix=fixes, **flags)
-    capsys.readouterr()
-    prepare.main(args)
-    return [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()], capsys.readouterr().out
-
-
-@pytest.mark.parametrize("letters", ["uua", "sua", "suuaa", "uaauua"])
-def test_conversations_are_repaired(letters, capsys):
-    raw = json.dumps({"messages": chat(*letters)})
-    rows, said = prepared(capsys, raw, "merge_roles", "fold_system")
-    Path("raw.jsonl").write_text(raw)
-    strict = "{% set no_system = true %}" + STRICT
-    assert outcome("sft", dataset="raw.jsonl", tokenizer_chat_template=strict) == 2
-    assert outcome("sft", tokenizer_chat_template=strict) == "accepted", rows
-    texts = [turn["content"] for turn in chat(*letters)]
-    assert "\n\n".join(turn["content"] for turn in rows[0]["messages"]) == "\n\n".join(texts)
-    assert f"merge_roles {int('uu' in letters or 'aa' in letters)}" in said and f"fold_system {int(letters[0] == 's')}" in said
-
-
-def test_other_repairs(capsys):
-    turns = [{"role": "user", "content": [{"type": "text", "text": "red"}]}, {"role": "assistant", "content": "old"}]
-    cells = "messages\n" + '"' + json.dumps(turns).replace('"', '""') + '"\n'
-    rows, _ = prepared(capsys, cells, "parse", "parts", name="raw.csv")
-    assert rows == [{"messages": [turns[0] | {"content": "red"}, turns[1]]}] and outcome("sft") == "accepted"
-    pair = json.dumps({"chosen": "Q: red?\nA: old", "rejected": "Q: red?\nA: oil"}) + "\n"
-    rows, said = prepared(capsys, pair * 3, "dedup", "split_prompt", marker="\\nA:")
-    assert rows == [{"prompt": "Q: red?\nA:", "chosen": " old", "rejected": " oil"}] and "3 read, 1 written" in said
-    assert outcome("dpo") == "accepted"
-    latin = b'{"input": "caf\xe9", "output": "red"}\n'
-    rows, said = prepared(capsys, latin, encoding_errors="replace")
-    assert rows[0]["input"] == "caf\ufffd" and "1 places were no text" in said
-    assert prepared(capsys, latin, encoding="latin-1")[0][0]["input"] == "caf\xe9"
-    with pytest.raises(SystemExit, match="2"):
-        prepared(capsys, latin)
-    assert "raw.jsonl:1" in capsys.readouterr().err
