@@ -176,7 +176,7 @@ class Item(NamedTuple):
 
     key: tuple  # (index of the row, number of the sample or name of the reward)
     prompt: list | str  # token ids; for a function text or messages
-    response: list | str  # token ids, the first of them the prompt's last, which predicts the next; or text
+    response: list | str  # token ids behind a token of the prompt, which predicts the first of them; or text
     row: dict
 
 
@@ -376,25 +376,20 @@ def conditioned(prompt, reward, args):
 
 
 def render_prompt(prompt, tokenizer, args):
-    """(text, ids) of a prompt, text or messages, as the model sees it: as examples of sft.py begin.
-
-    Without its last blank where the tokenizer joins that to the next word, as it did in training: " the".
-    """
+    """(text, ids) of a prompt, text or messages, as the model sees it: what examples of sft.py begin with."""
     if isinstance(prompt, list):
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return text, tokenize(text, tokenizer, False)[0]
-
-    def encode(text, add_bos=True):
-        return tokenize(text, tokenizer, add_bos)[0]
-
+        return text, tokenize(text, tokenizer, add_bos=False)[0]
     text = args.input_template.replace("{}", prompt) if args.input_template else prompt
-    ids = encode(text)
-    if text.endswith(" ") and any(encode(text + word)[: len(ids)] != ids for word in ("a", "the")):
-        text = text[:-1]
-        ids = encode(text)
+    ids = tokenize(text, tokenizer, add_bos=True)[0]
+    if text.endswith(" "):  # it goes where the tokenizer joined it to the next word in training: " the"
+        longer = [tokenize(text + word, tokenizer, add_bos=True)[0] for word in ("a", "the")]
+        if any(other[: len(ids)] != ids for other in longer):
+            text = text[:-1]
+            ids = tokenize(text, tokenizer, add_bos=True)[0]
     if ids[0] == tokenizer.bos_token_id and not text.startswith(tokenizer.bos_token):
         text = tokenizer.bos_token + text
-        if encode(text, add_bos=False) != ids:  # some tokenizers want a blank behind BOS
+        if tokenize(text, tokenizer, add_bos=False)[0] != ids:  # some tokenizers want a blank behind BOS
             text = tokenizer.decode(ids)
     return text, ids
 
@@ -469,6 +464,7 @@ def make_scored(index, row, keys, to_eos, config, tokenizer, args):
         if args.input_template and reason is None:
             prompt = args.input_template.replace("{}", prompt)
         text, start = prompt + response.removesuffix(tokenizer.eos_token), len(prompt)
+        # What the policy saw has its BOS. A reward model's own goes in front, but not of a rendered chat.
         add_bos = reason is None or not (as_sampled or row.get("messages"))
         add_eos = reason in (None, "stop")
     else:

@@ -286,8 +286,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
     """
     sampled = finish_reason is not None
-    chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
-    plain = sampled or not chat
+    listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
+    plain = not listed and (sampled or not args.apply_chat_template)
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows as write
 from launch import load_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -75,11 +76,6 @@ def save(model, tokenizer, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def read(path):
@@ -147,6 +143,11 @@ def test_rows(home, samples):
     assert not (home / "samples.jsonl.partial").exists()
 
 
+def test_seeds(home, samples, tmp_path):
+    assert run(home, "generate", tmp_path / "a.jsonl", best_of_n=4) == samples
+    assert run(home, "generate", tmp_path / "b.jsonl", best_of_n=4, seed=1) != samples
+
+
 def test_greedy_is_hugging_faces(home, tmp_path):
     """With left padding, whatever the batch, and with nothing of the checkpoint's own settings."""
     model = Qwen2ForCausalLM.from_pretrained(home / "policy", dtype=torch.float32)
@@ -160,18 +161,11 @@ def test_greedy_is_hugging_faces(home, tmp_path):
             sampled = out[0, ids["input_ids"].shape[1] :].tolist()
             assert row["output"] == tokenizer.decode([token for token in sampled if token != 1])
             assert row["finish_reason"] == ("stop" if 1 in sampled else "length")
+    assert run(home, "generate", tmp_path / "a.jsonl", top_k=1, repetition_penalty=1.4) == rows
+    assert run(home, "generate", tmp_path / "b.jsonl", top_p=1e-6, repetition_penalty=1.4) == rows
     model.generation_config = GenerationConfig(do_sample=True, top_k=3, repetition_penalty=1.5, eos_token_id=1)
     flags["pretrain"] = save(model, tokenizer, tmp_path / "policy")
     assert run(home, "generate", tmp_path / "c.jsonl", **flags | {"micro_batch_size": 5}) == rows
-
-
-def test_sampling(home, samples, tmp_path):
-    """Seeds decide; top_k of 1 is greedy."""
-    assert run(home, "generate", tmp_path / "a.jsonl", best_of_n=4) == samples
-    assert run(home, "generate", tmp_path / "b.jsonl", best_of_n=4, seed=1) != samples
-    greedy = run(home, "generate", tmp_path / "c.jsonl", greedy_sampling=True)
-    assert run(home, "generate", tmp_path / "d.jsonl", top_k=1) == greedy
-    assert run(home, "generate", tmp_path / "e.jsonl", top_p=1e-6) == greedy
 
 
 def test_stop_strings(home, tmp_path):
@@ -680,7 +674,7 @@ TASKS = ["generate", "rm", "reward_fn", pytest.param("generate_vllm", marks=[nee
 @pytest.mark.parametrize("task", TASKS)
 def test_kills(home, fork, tmp_path, task, kills):
     """kill -9 at random moments, again and again until a start gets to the end: the rows of an undisturbed run."""
-    rows = [{"input": f"{i} {text}", "output": text[::-1]} for i in range(6) for text in QUESTIONS]
+    rows = [{"input": f"{i} {text}", "output": text[::-1]} for i in range(4) for text in QUESTIONS]
     flags = {"dataset": write(tmp_path / "x.jsonl", rows), "micro_batch_size": 4, "prompt_max_len": 200}
     if task == "reward_fn":
         flags |= {"pretrain": "", "reward_fn": f"{home}/my-rewards.py:slow"}
@@ -688,7 +682,7 @@ def test_kills(home, fork, tmp_path, task, kills):
     rng, killed = random.Random(kills), 0
     _, seconds = fork(flags | {"output_path": str(tmp_path / "whole.jsonl")})
     whole = read(tmp_path / "whole.jsonl")
-    assert len(whole) == 72
+    assert len(whole) == 48
     for n in range(100):
         out = flags | {"output_path": str(tmp_path / f"{n}.jsonl")}
         while killed < kills and fork(out, rng.uniform(0.2, 0.9) * seconds)[0]:
@@ -785,8 +779,10 @@ def test_vllm_engines(home, tmp_path):
     assert done.returncode == 2 and "Traceback" in done.stderr
     assert "error: a vLLM engine failed, see above" in done.stderr and "--eval_task generate" in done.stderr
     killed = subprocess.Popen(command(two | {"seed": 7}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(12)
-    engines = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True).stdout.split()
+    engines = []
+    while len(engines) < 2 and killed.poll() is None:
+        time.sleep(0.1)
+        engines = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     killed.kill()
     killed.wait()
     time.sleep(1)
