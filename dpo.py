@@ -1315,7 +1315,7 @@ def main(args):
         for example in batch if references else ():
             example["ref_logps"] = references[table._fingerprint][example]
         metrics = dpo_step(engine, batch, args, train)
-        if train and engine.global_steps == 0 and references and not args.ref_pretrain:
+        if train and engine.global_steps == 0 and references and args.ref_pretrain in (None, args.pretrain):
             check_first_step(metrics, args)
         return metrics
 

@@ -1300,7 +1300,7 @@ def main(args):
         rows = rows_of[table._fingerprint]
         mismatched = [] if args.apo_zero_unpaired else rows.fetch(indices + len(table))
         metrics = kto_step(engine, rows.fetch(indices), mismatched, args, train)
-        if train and engine.global_steps == 0 and not args.ref_pretrain:
+        if train and engine.global_steps == 0 and args.ref_pretrain in (None, args.pretrain):
             check_first_loss(metrics, n_trained[indices].mean(), args)
         return metrics
 
