@@ -933,7 +933,8 @@ def stamp(path):
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():
         kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py")
-        files = [file for file in path.iterdir() if file.suffix in kinds and file.name != "args.json"]
+        ours = ("args.json", ".meta.json")
+        files = [file for file in path.iterdir() if file.suffix in kinds and not file.name.endswith(ours)]
     return [
         [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files) if file.is_file()
     ]

@@ -313,7 +313,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     if not turns or turns[0] == 0:
         raise ValueError("no assistant turn after a prompt")
     messages = messages[: turns[-1] + 1]
-    if not messages[-1]["content"].strip():
+    if not messages[-1]["content"].strip() and not sampled:  # a policy may end at once
         raise ValueError("empty response")
 
     def render(n, **options):
@@ -338,24 +338,24 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
         trained |= (ends > len(asked)) & (ends <= len(answered))
-    if not trained.any():
-        raise ValueError("nothing to train")
     return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
 
 
 def finish(ids, trained, tokenizer, max_len, cut):
     """Ends an encoded text with its last trained token, adds EOS unless it was cut, shortens to max_len."""
-    last = trained.nonzero()[0][-1]
-    ids, trained = ids[: last + 1], trained[: last + 1]
-    # A special token: the template wrote its own end.
-    closed = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
+    if trained.any():
+        last = trained.nonzero()[0][-1]
+        ids, trained = ids[: last + 1], trained[: last + 1]
+    # A trained special token: the template wrote its own end.
+    special = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
+    closed = special and trained[-1]
     if not closed and not cut:
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
         ids, trained = ids[1:], trained[1:]
     trained[0] = False  # nothing predicts the first token
     if not trained[:max_len].any():
-        raise ValueError("prompt >= max_len")
+        raise ValueError("nothing to train within max_len")
     return ids[:max_len], trained[:max_len]
 
 
@@ -443,7 +443,8 @@ def stamp(path):
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():
         kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py")
-        files = [file for file in path.iterdir() if file.suffix in kinds and file.name != "args.json"]
+        ours = ("args.json", ".meta.json")
+        files = [file for file in path.iterdir() if file.suffix in kinds and not file.name.endswith(ours)]
     return [
         [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files) if file.is_file()
     ]
