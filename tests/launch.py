@@ -1,6 +1,8 @@
 """Runs a script's main() for several configurations in one process group, as starting Python costs ten seconds.
 
     torchrun --nproc_per_node 2 tests/launch.py SCRIPT CONFIGS.json
+
+A changed copy is tested by DPO=my_dpo.py python -m pytest tests/test_dpo.py, and so for the other scripts.
 """
 
 import importlib.util
@@ -11,8 +13,8 @@ from pathlib import Path
 
 
 def load_script(name):
-    """The module of a top-level script, imported by path."""
-    path = Path(__file__).parent.parent / f"{name}.py"
+    """The module of a top-level script, or of the copy that the variable of its name gives, imported by path."""
+    path = Path(__file__).parent.parent / os.environ.get(name.upper(), f"{name}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
