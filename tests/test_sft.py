@@ -417,18 +417,17 @@ def test_bos_and_eos_once(row, flags, prompt, trained, with_bos):
     assert encode(row, with_bos, **flags)[:2] == (prompt, trained)
 
 
-def test_blanks_of_sentencepiece(tmp_path):
+def test_blanks_of_sentencepiece():
     """Its tokens lose their blank when decoded on their own; the console shows it all the same."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    pieces = [(text, -1.0) for text in ("<eos>", "<unk>", "▁red", "▁old", "▁", "▁river")]
+    pieces = [(text, -1.0) for text in ("<eos>", "<unk>", "▁red", "▁old", "▁river")]
     unigram = Tokenizer(models.Unigram(pieces, unk_id=1))
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="<eos>", pad_token="<eos>")
-    folder = make_model(tmp_path / "model", tokenizer)
-    prompt, trained, ids, shown = encode({"input": "red", "output": " old river"}, folder)
-    assert (prompt, trained, ids) == ("red", ["old river<eos>"], [2, 3, 5, 0])
-    assert shown == repr("red[ old river<eos>]")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="<eos>")
+    ids, trained = sft.encode("red", " old river", tokenizer, make_args())
+    assert ids.tolist() == [2, 3, 4, 0] and trained.tolist() == [False, True, True, True]
+    assert sft.mark_trained(ids, trained, tokenizer) == repr("red[ old river<eos>]")
 
 
 # --- the table of examples
@@ -454,26 +453,25 @@ def test_dataset_probs(tiny, tokenizer, tmp_path):
 
 
 def test_formats(tiny, tokenizer, tmp_path):
-    """Files and folders of all kinds give the same examples; the datasets library would see a date here."""
+    """Files and folders of all kinds give the same examples; in JSON the datasets library would see dates."""
     import datasets
 
     rows = [row | {"input": "2026-01-01"} for row in make_rows(5)]
     table = datasets.Dataset.from_list(rows)
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "rows.jsonl", tmp_path / "folder/train.jsonl"):
-        write_rows(path, rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
     table.to_csv(tmp_path / "rows.csv")
-    table.to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.parquet", "folder/train.parquet"):
+        table.to_parquet(tmp_path / name)
     table.save_to_disk(tmp_path / "disk")
     datasets.DatasetDict(train=table.select([0]), test=table).save_to_disk(tmp_path / "dict")
     (arrow,) = (tmp_path / "disk").glob("*.arrow")
-    names = ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "disk", f"disk/{arrow.name}"]
+    names = ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "folder", "disk", f"disk/{arrow.name}"]
     found = [examples_of(str(tmp_path / name), tokenizer, tiny) for name in names]
     found.append(examples_of(str(tmp_path / "dict"), tokenizer, tiny, dataset_split="test"))
     for table in found:
         assert table["input_ids"][:] == found[0]["input_ids"][:] and len(table) == 5
-    assert len(examples_of(str(tmp_path / "folder"), tokenizer, tiny)) == 5  # its types are the library's
 
 
 def edited(monkeypatch, tmp_path, old, new):
@@ -487,26 +485,22 @@ def edited(monkeypatch, tmp_path, old, new):
 
 def test_rows_are_encoded_once(tiny, tokenizer, tmp_path, monkeypatch):
     """Found again until the rows, a data flag or the code that encodes change; an edited loss changes nothing."""
-    path, calls, encode_rows = write_rows(tmp_path / "rows.jsonl", make_rows(5)), [], sft.encode_rows
+    path = write_rows(tmp_path / "rows.jsonl", make_rows(5))
 
-    def spy(**inputs):
-        calls.append(1)
-        return encode_rows(**inputs)
+    def encodes(**flags):
+        with mock.patch.object(sft, "encode_row", wraps=sft.encode_row) as spy:
+            n = len(examples_of(path, tokenizer, tiny, **flags))
+        assert spy.call_count in (0, n)
+        return spy.called
 
-    monkeypatch.setattr(sft, "encode_rows", spy)
-
-    def n_encodings(**flags):
-        examples_of(path, tokenizer, tiny, **flags)
-        return len(calls)
-
-    assert n_encodings() == 1
+    assert encodes() and not encodes()
     edited(monkeypatch, tmp_path, "return -per_token_logps.sum() / n_tokens", "return per_token_logps.sum()")
-    assert n_encodings() == n_encodings(learning_rate=1.0, num_proc=2) == 1
-    assert n_encodings(max_len=50) == n_encodings(max_len=50) == 2
+    assert not encodes(learning_rate=1.0, num_proc=2)
+    assert encodes(max_len=50) and not encodes(max_len=50)
     edited(monkeypatch, tmp_path, 'raise ValueError("nothing to train")', "pass")
-    assert n_encodings() == n_encodings() == 3
+    assert encodes() and not encodes()
     write_rows(path, make_rows(6))
-    assert n_encodings() == 4
+    assert encodes() and not encodes()
 
 
 def test_number_of_processes_has_no_effect(tiny, tokenizer, tmp_path):
@@ -531,3 +525,277 @@ def test_reasons_are_counted(tiny, tokenizer, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         examples_of(path, tokenizer, tiny, max_drop_ratio=0.05)
     assert "4 of 50 rows cannot be used (--max_drop_ratio 0.05)" in capsys.readouterr().err
+
+
+# --- saving
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"zero_stage": 3}, {"lora_rank": 4}, {"lora_rank": 4, "zero_stage": 3}], ids=str
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_saved_model_is_the_trained_one(flags, tied, tokenizer, run, tmp_path, monkeypatch):
+    """Same log-probs as the engine had; LoRA merged as PEFT does it; the files of a Hugging Face folder."""
+    pretrain = make_model(tmp_path / "start", tokenizer, tie_word_embeddings=tied)
+    out, trained, save_model = tmp_path / "out", SimpleNamespace(merged={}), sft.save_model
+    pack = sft.pack_rows([example_of(range(60), 30)], "cpu")
+
+    def spy(engine, *rest):
+        engine.eval()
+        with torch.no_grad():
+            trained.logps = engine(pack)
+        if flags == {"lora_rank": 4}:
+            trained.merged = copy.deepcopy(engine.module.model).merge_and_unload().state_dict()
+        save_model(engine, *rest)
+
+    monkeypatch.setattr(sft, "save_model", spy)
+    assert run(pretrain=pretrain, max_steps=2, **flags) == 0
+    model, start = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (out, pretrain))
+    logps = model(input_ids=pack["input_ids"]).logits[0, 29:59].log_softmax(-1)
+    assert torch.allclose(logps.gather(1, pack["targets"][:, None])[:, 0], trained.logps, rtol=0, atol=1e-5)
+    weights, start = model.state_dict(), start.state_dict()
+    assert model.dtype == torch.float32 and weights.keys() == start.keys()
+    assert not torch.equal(*(x["model.layers.0.mlp.up_proj.weight"] for x in (weights, start)))
+    for name, value in trained.merged.items():
+        assert torch.allclose(weights[name], value, rtol=0, atol=1e-6), name
+    files = {path.name for path in out.iterdir()}
+    assert files >= {"config.json", "generation_config.json", "tokenizer.json", "args.json", "metrics.jsonl"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "start"]
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
+    assert json.loads((out / "args.json").read_text())["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gpt2_and_sampling_settings_are_saved(lora_rank, tokenizer, rows_file, run, tmp_path):
+    """GPT-2 holds its weights transposed; a temperature without do_sample is refused by save_pretrained."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128, "vocab_size": 512}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, initializer_range=0.1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2/generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.9}')
+    flags = {"learning_rate": 0.05, "max_norm": 0, "eval_dataset": rows_file, "eval_split": "train"}
+    assert run(pretrain=str(tmp_path / "gpt2"), lora_rank=lora_rank, **flags) == 0
+    before, after = metrics_of(tmp_path / "out", "eval/loss")
+    with torch.no_grad():
+        rows = [encode_plainly(tokenizer, json.loads(line)) for line in open(rows_file)]
+        assert mean_loss(eager(tmp_path / "out"), rows).item() == pytest.approx(after, abs=1e-4)
+    assert before - after > 0.1
+
+
+def test_no_dropout_is_left(tmp_path):
+    """OPT and others call F.dropout with a number of their own."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 90}
+    config = transformers.OPTConfig(**sizes, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    model = sft.LogProbs(sft.load_model(str(tmp_path / "opt"), make_args())).train()
+    pack = sft.pack_rows([example_of([5, 6, 7, 8, 9])], "cpu")
+    with torch.no_grad():
+        assert len({model(pack).sum().item() for _ in range(5)}) == 1
+
+
+# --- runs: what is done is not done again, what is another run never touches it
+
+
+def other_value(value):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (str, type(None))):
+        return f"{value}{{}}"
+    return (0.5, 0.5) if isinstance(value, tuple) else value + 1
+
+
+def test_every_other_flag_belongs_to_the_identity(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    args = make_args()
+    identity = sft.identify(args, {})
+    sft.write_record(tmp_path, identity)
+    assert sft.difference(tmp_path, identity) == ""
+    for field in dataclasses.fields(args):
+        value = other_value(getattr(args, field.name))
+        changed = sft.difference(tmp_path, sft.identify(dataclasses.replace(args, **{field.name: value}), {}))
+        assert changed.startswith(f"{field.name} changed. ") != (field.name in sft.FREE_FLAGS), field.name
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sft.difference(tmp_path, sft.identify(args, {})).startswith("ranks changed. ")
+
+
+@dataclasses.dataclass
+class MyArgs(sft.Args):
+    """Args of a copy with a flag of its own."""
+
+    my_beta: float = 0.1
+
+
+def snapshot(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["model", "checkpoint"])
+def test_another_run_is_named(complete, tiny, run, tmp_path, monkeypatch, capsys):
+    """Neither a finished model nor a checkpoint of another command, script or input is taken for one's own."""
+    rows, model = write_rows(tmp_path / "rows.jsonl", make_rows(9)), shutil.copytree(tiny, tmp_path / "model")
+    flags = {"dataset": rows, "pretrain": str(model), "train_batch_size": 4, "save_steps": 1}
+    if not complete:
+        kill_at(3, monkeypatch)
+    assert run(MyArgs, **flags) == (0 if complete else "killed")
+    kill_at(None, monkeypatch)
+    folder = tmp_path / ("out" if complete else "out.ckpt/step_2")
+    before = snapshot(folder)
+
+    def changes(**changed):
+        capsys.readouterr()
+        assert run(MyArgs, **{**flags, **changed}) == 2 and snapshot(folder) == before
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(folder) in line and f"edit {folder}/args.json" in line
+        return line.partition(" changed.")[0].rpartition(": ")[2]
+
+    if complete:
+        assert run(MyArgs, **flags, logging_steps=5) == 0  # decides nothing
+        assert "nothing to do" in capsys.readouterr().out and snapshot(folder) == before
+    assert changes(learning_rate=2e-3, max_epochs=2) == "learning_rate, max_epochs"
+    assert changes(my_beta=0.2) == "my_beta"
+    with monkeypatch.context() as patch:
+        edited(patch, tmp_path, "return -per_token_logps.sum() / n_tokens", "return per_token_logps.sum()")
+        assert changes() == "script"
+    os.utime(rows, (1, 1))
+    assert changes() == "files of dataset"
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert changes() == "files of pretrain, files of dataset"
+
+
+@pytest.fixture
+def in_place(tokenizer, tmp_path):
+    """Flags of a run whose save_path is pretrain; what is no part of the model lies in the folder as well."""
+    model = Path(make_model(tmp_path / "model", tokenizer))
+    (model / "logs").mkdir()
+    for name in ("rm.jsonl", "train.log", "logs/a.txt", "merges.txt"):
+        (model / name).write_text(name)
+    return {"pretrain": str(model), "save_path": str(model)}
+
+
+def test_in_place(in_place, run, tmp_path, capsys):
+    """Each new round of rows trains on, the same command twice trains once."""
+    model, weights = Path(in_place["save_path"]), [weights_of(in_place["save_path"])]
+    (model / "pytorch_model.bin").write_text("old")
+    for seed in (1, 2):
+        rows = write_rows(tmp_path / "rows.jsonl", make_rows(10, seed))
+        for _ in range(2):
+            assert run(dataset=rows, **in_place) == 0
+            weights.append(weights_of(model))
+        assert "nothing to do" in capsys.readouterr().out
+    assert weights[1] == weights[2] and weights[3] == weights[4] and len(set(weights)) == 3
+    assert [(model / name).read_text() for name in ("rm.jsonl", "logs/a.txt")] == ["rm.jsonl", "logs/a.txt"]
+    assert not (model / "pytorch_model.bin").exists()
+    out = {"save_path": str(tmp_path / "out")}  # made from another model, then trained on the same rows again
+    assert run(dataset=rows, **in_place | out) == 0
+    once = weights_of(tmp_path / "out")
+    assert run(dataset=rows, pretrain=out["save_path"], **out) == 0 and weights_of(tmp_path / "out") != once
+
+
+def die_at_move(n, folder, monkeypatch):
+    """From now on the process is as good as dead before its n-th rename or removal under folder."""
+    left = itertools.count(n - 1, -1)
+
+    def dying(real):
+        def move(path, *args, **options):
+            ours = "dir_fd" in options or str(path).startswith(str(folder))  # dir_fd: shutil.rmtree
+            if ours and next(left) <= 0:
+                raise Killed
+            return real(path, *args, **options)
+
+        return move
+
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "in place"])
+def test_killed_at_every_move(place, in_place, run, tmp_path, monkeypatch, capsys):
+    """The same command ends with the same bytes, whichever rename or removal was the last one."""
+    flags = {"train_batch_size": 25, "save_steps": 1, "max_steps": 3, "max_epochs": 2, "max_ckpt_num": 1}
+    flags["pretrain"] = str(shutil.copytree(in_place["pretrain"], tmp_path / "start"))
+    assert run(**flags, save_path=str(tmp_path / "whole")) == 0
+    for n in itertools.count(1):
+        home = tmp_path / f"run{n}"
+        flags["save_path"] = str(home / "out")
+        if place == "in place":
+            flags["pretrain"] = str(shutil.copytree(tmp_path / "start", home / "out"))
+        with monkeypatch.context() as patch:
+            die_at_move(n, home, patch)
+            code = run(**flags)
+        if code == 0:
+            break
+        assert code == "killed" and run(**flags) == 0
+        assert weights_of(home / "out") == weights_of(tmp_path / "whole")
+        assert metrics_of(home / "out", "step") == [1, 2, 3]
+        assert [path.name for path in home.iterdir()] == ["out"]
+        assert place == "elsewhere" or (home / "out/rm.jsonl").exists()
+    assert n > (8 if place == "elsewhere" else 16)
+
+
+# --- resuming
+
+
+def kill_at(step, monkeypatch):
+    """From now on, a run dies at the end of that step, when its metrics are logged; None: no more."""
+    console_line = kill_at.real = getattr(kill_at, "real", sft.console_line)
+
+    def dying(at, *rest):
+        if at == step:
+            raise Killed
+        return console_line(at, *rest)
+
+    monkeypatch.setattr(sft, "console_line", dying)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"zero_stage": 2, "lora_rank": 4, "lora_dropout": 0.2},
+        pytest.param({"zero_stage": 0}, marks=pytest.mark.slow),
+        pytest.param({"zero_stage": 3, "bf16": True, "gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_resumed_is_bit_identical(flags, run, tmp_path, monkeypatch, capsys):
+    """Killed in the steps 3 and 5 of 6, of two epochs; the newest checkpoints are kept, none at the end."""
+    flags = {"train_batch_size": 17, "lr_scheduler": "cosine", "max_epochs": 2, **flags}
+    assert run(save_path=str(tmp_path / "whole"), **flags) == 0
+    flags |= {"save_steps": 1, "max_ckpt_num": 1}
+    for step in (3, 5):
+        kill_at(step, monkeypatch)
+        assert run(**flags) == "killed"
+        transformers.set_seed(step)  # of another process
+        assert [path.name for path in (tmp_path / "out.ckpt").iterdir()] == [f"step_{step - 1}"]
+    kill_at(None, monkeypatch)
+    with open(tmp_path / "out.partial/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    capsys.readouterr()
+    assert run(**flags) == 0
+    assert f"resume {tmp_path}/out.ckpt/step_4" in capsys.readouterr().out
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+    for name in ("step", "loss", "grad_norm", "lr"):
+        assert metrics_of(tmp_path / "out", name) == metrics_of(tmp_path / "whole", name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_numbers_that_are_not_finite_stop(run, tmp_path, monkeypatch, capsys):
+    """The step's first row is named; nothing of the run is saved."""
+    real, calls = sft.sft_loss, itertools.count()
+    monkeypatch.setattr(sft, "sft_loss", lambda *x: real(*x) * (math.nan if next(calls) == 3 else 1.0))
+    assert run(train_batch_size=7) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "step 4 is not finite: {'loss': nan" in line and "its first row is" in line and "rows.jsonl:" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_without_launcher(tiny, rows_file, tmp_path):
+    """python sft.py, as the README has it, and the story that its console tells."""
+    words = ["--pretrain", tiny, "--dataset", rows_file, "--save_path", str(tmp_path / "out"), "--no-bf16"]
+    words += ["--train_batch_size", "24", "--learning_rate", "1e-3", "--cache_dir", SETTINGS["cache_dir"]]
+    command = [sys.executable, str(REPO / os.environ.get("SFT", "sft.py")), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert " ".join(line.split()[0] for line in lines) == "model data batch sample step step step saved"
+    assert all(len(line) < 120 for line in lines if line.startswith("step"))
