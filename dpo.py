@@ -92,7 +92,9 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs; may be deleted
+    cache_dir: str = (
+        "~/.cache/flatalign"  # encoded rows and what else the next run finds again; may be deleted
+    )
     prompt_key: str | None = None  # column of the prompt; default: a known one, or the responses include it
     chosen_key: str = "chosen"  # column of the preferred response: text, messages, or a whole conversation
     rejected_key: str = "rejected"  # column of the other response, in the same form
@@ -101,7 +103,7 @@ class Args:
 
     # --- loss
 
-    loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "simpo"] = "sigmoid"  # formulas: above
+    loss_type: str = "sigmoid"  # sigmoid, robust, hinge, ipo or simpo: their formulas stand above
     beta: float = 0.1  # how closely the policy keeps to the reference; 2 to 10 for means per token
     label_smoothing: float = 0.0  # assumed share of wrong labels, 0 to 0.5, with sigmoid (cDPO) or robust
     ipo: bool = False  # old name of --loss_type ipo
@@ -155,6 +157,8 @@ class Args:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
         self.loss_type = "ipo" if self.ipo else self.loss_type
+        if self.loss_type not in LOSSES:
+            die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
         loss = LOSSES[self.loss_type]
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
             die("--beta must be above 0, --label_smoothing from 0 to below 0.5")
@@ -179,6 +183,7 @@ FEATURES = Features(  # the columns of an encoded row
     trained=List(Value("bool")),  # is the token part of the loss?
     length=Value("int32"),  # tokens fed; 0: the row cannot be used
     n_trained=Value("int32"),
+    n_chosen=Value("int32"),  # trained tokens of the chosen response
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
@@ -220,7 +225,11 @@ class JsonLines:
     def __getitem__(self, i):
         with open(self.path, "rb") as file:
             file.seek(self.begins[i])
-            return json.loads(file.readline())
+            line = file.readline()
+        try:
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
 def open_rows(name, split):
@@ -243,19 +252,6 @@ def open_rows(name, split):
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
 
 
-def find_keys(name, row, given, flags, layouts):
-    """The columns that flags name (None: not given); without any, the first layout that row 1 has."""
-    for key, flag in zip(given, flags):
-        if key and key not in row:
-            die(f"{name}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    if any(given):
-        return given
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"{name}: columns {', '.join(row)}: which? use {' '.join(flags)}")
-
-
 # --- text and tokens. A ValueError says why a row cannot be used
 
 
@@ -275,8 +271,11 @@ def load_tokenizer(path, args):
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     template = args.tokenizer_chat_template
-    if template:
-        tokenizer.chat_template = Path(template).read_text() if template.endswith(".jinja") else template
+    if template and template.endswith(".jinja"):
+        if not Path(template).is_file():
+            die(f"--tokenizer_chat_template {template}: no such file")
+        template = Path(template).read_text()
+    tokenizer.chat_template = template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template FILE.jinja")
     return tokenizer
@@ -291,8 +290,8 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        speaker = turn.get("role") or turn.get("from")
-        content = turn.get("content") or turn.get("value")
+        speaker = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or not isinstance(content, str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
@@ -376,11 +375,25 @@ def split_response(prompt, response, args):
     return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
 
 
-def encode_row(row, keys, tokenizer, args):
+def choose_keys(row, args):
+    """(prompt column or None, chosen column, rejected column) of a row."""
+    prompt_keys = (
+        [args.prompt_key] if args.prompt_key else ["prompt", "question", "instruction", "input", None]
+    )
+    for prompt_key in prompt_keys:
+        keys = (prompt_key, args.chosen_key, args.rejected_key)
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--prompt_key, --chosen_key, --rejected_key"
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with {flags}")
+
+
+def encode_row(row, tokenizer, args):
     """The columns of FEATURES that depend on the algorithm: a pair whose prompt is stored once."""
+    prompt_key, *response_keys = choose_keys(row, args)
     sides = []
-    for key, name in zip(keys[1:], ("chosen", "rejected")):
-        prompt, response = split_response(row.get(keys[0]), row.get(key), args)
+    for key, name in zip(response_keys, ("chosen", "rejected")):
+        prompt, response = split_response(row.get(prompt_key), row[key], args)
         sides.append(encode(prompt, response, tokenizer, args, row.get(f"{name}_finish_reason")))
     (chosen, chosen_trained), (rejected, rejected_trained) = sides
     if np.array_equal(chosen, rejected):  # if only after truncation
@@ -390,21 +403,14 @@ def encode_row(row, keys, tokenizer, args):
     n_prompt = differ[0] if len(differ) else limit
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
-    return {"input_ids": ids, "trained": trained, "ends": [n_prompt, len(chosen), len(ids)]}
-
-
-def choose_keys(name, row, args):
-    """(prompt column or None, chosen column, rejected column) of a dataset, from its first row."""
-    given = (args.prompt_key, args.chosen_key, args.rejected_key)
-    layouts = [(key, *given[1:]) for key in ("prompt", "question", "instruction", "input", None)]
-    flags = ("--prompt_key", "--chosen_key", "--rejected_key")
-    return find_keys(name, row, given if args.prompt_key else (None,) * 3, flags, layouts)
+    ends = [n_prompt, len(chosen), len(ids)]
+    return {"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
-def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
@@ -414,7 +420,10 @@ def encode_rows(spans, rows, name, keys, tokenizer, vocab_size, args):
             example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
             example["reason"] = ""
             try:
-                example |= encode_row(rows[i], keys, tokenizer, args)
+                row = rows[i]
+                if not isinstance(row, dict):
+                    raise ValueError("a row must be an object")
+                example |= encode_row(row, tokenizer, args)
                 if max(example["input_ids"]) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
@@ -443,10 +452,6 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     rows = open_rows(name, split)
     if not len(rows):
         die(f"dataset {name!r}: no rows")
-    try:
-        keys = choose_keys(name, rows[0], args)
-    except ROW_ERRORS as e:
-        die(f"dataset {name!r}: its first row is no JSON object: {e}")
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -455,13 +460,13 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "keys": keys, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), "args": args, **inputs},
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -490,11 +495,14 @@ def load_examples(names, probs, split, tokenizer, args):
     names = [name.strip() for name in names.split(",")]
     tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
     if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
+        shares = probs.split(",")
+        numbers = [share.strip().replace(".", "", 1).isdecimal() for share in shares]
+        if not all(numbers) or len(shares) != len(tables):
             die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
         total = sum(len(table) for table in tables)
-        orders = [np.resize(np.arange(len(table)), round(p * total)) for table, p in zip(tables, shares)]
+        orders = [
+            np.resize(np.arange(len(table)), round(float(p) * total)) for table, p in zip(tables, shares)
+        ]
         tables = [table.select(order) for table, order in zip(tables, orders)]
     return datasets.concatenate_datasets(tables)
 
@@ -719,7 +727,7 @@ class Loss(NamedTuple):
     takes_smoothing: bool = False
 
 
-# A new loss: its function above, a line here, its name in --loss_type.
+# A new loss is a function above and a line here.
 LOSSES = {
     "sigmoid": Loss(sigmoid_loss, takes_smoothing=True),
     "robust": Loss(robust_loss, takes_smoothing=True),
@@ -735,25 +743,20 @@ def takes_means(args):
 
 
 def pair_sums(per_token, counts):
-    """Sums [B, 2] over the tokens of each response, chosen and rejected; counts: its trained tokens, 2B."""
-    return torch.stack([part.sum() for part in per_token.split(counts)]).view(-1, 2)
-
-
-def count_trained(example):
-    """Trained tokens of chosen and rejected."""
-    n_chosen = int(example["trained"][: example["ends"][1]].sum())
-    return n_chosen, example["n_trained"] - n_chosen
+    """Sums [B, 2] over the tokens of chosen and rejected responses; counts [B, 2]: their trained tokens."""
+    return torch.stack([part.sum() for part in per_token.split(counts.ravel().tolist())]).view(-1, 2)
 
 
 @torch.no_grad()
-def pair_metrics(values, logps, tokens, log_ratios, counts, args):
-    """{name: [B]} of what is logged beside the loss; values, logps, tokens [B, 2]; log_ratios [N]."""
+def pair_metrics(values, logps, log_ratios, counts, args):
+    """{name: [B]} of what is logged beside the loss; values, logps, counts [B, 2]; log_ratios [N]."""
     rewards = args.beta * values
     margins = rewards[:, 0] - rewards[:, 1]
     metrics = {
         "rewards/margins": margins,
         "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),  # a tie is half right: all are in step 1
     }
+    tokens = to_device(counts.astype(np.float32), values.device)
     for name, pair in (("rewards", rewards), ("logps", logps), ("length", tokens)):
         metrics |= {f"{name}/chosen": pair[:, 0], f"{name}/rejected": pair[:, 1]}
     if LOSSES[args.loss_type].needs_reference:
@@ -770,7 +773,7 @@ def dpo_step(engine, examples, args, train=True):
     metrics, the same on all ranks.
     """
     loss = LOSSES[args.loss_type]
-    n_chosen = sum(count_trained(example)[0] for example in examples)
+    n_chosen = sum(example["n_chosen"] for example in examples)
     max_tokens = 2 * args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
@@ -779,8 +782,7 @@ def dpo_step(engine, examples, args, train=True):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
         weight = 1.0 if len(members) else 0.0
         batch = [examples[j] for j in members] or examples[:1]
-        counts = [count for example in batch for count in count_trained(example)]
-        tokens = to_device(np.array(counts, dtype=np.float32).reshape(-1, 2), engine.device)
+        counts = np.array([[e["n_chosen"], e["n_trained"] - e["n_chosen"]] for e in batch])  # [B, 2]
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             per_token_logps = engine(pack_trees(batch, engine.device))
@@ -790,13 +792,13 @@ def dpo_step(engine, examples, args, train=True):
                 log_ratios = per_token_logps - to_device(ref_logps, engine.device)
             values, logps = pair_sums(log_ratios, counts), pair_sums(per_token_logps, counts)
             if takes_means(args):
-                values = values / tokens
+                values = values / to_device(counts, engine.device)
             nll = -logps[:, 0].sum() / n_chosen
             losses = loss.function(values[:, 0], values[:, 1], args)
             share = losses.sum() / len(examples) + args.nll_loss_coef * nll
         if train:
             engine.backward(weight * share * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        metrics = pair_metrics(values, logps, tokens, log_ratios, counts, args)
+        metrics = pair_metrics(values, logps, log_ratios, counts, args)
         shares = {name: value.sum() / len(examples) for name, value in metrics.items()}
         shares |= {"loss": share, "nll": nll}
         totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
@@ -833,7 +835,11 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler")  # see start_engine
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
@@ -845,7 +851,7 @@ def setup(args):
         note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        if int(local_size) > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
         return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
     if Path("/proc/driver/nvidia/version").exists():
@@ -1007,7 +1013,7 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- frozen models: what they give is computed once, kept in --cache_dir and memory-mapped
+# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
 
 
 class PerToken:
@@ -1023,68 +1029,58 @@ class PerToken:
 
 
 def cache_file(kind, decides, args):
-    """(path in --cache_dir for what the list decides, whether it is there)."""
+    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     file = Path(args.cache_dir, f"{kind}-{key}.npy")
     found = [file.exists()]
-    dist.broadcast_object_list(found)  # as rank 0 sees it
+    dist.broadcast_object_list(found)
     return file, found[0]
 
 
 @torch.no_grad()
-def block_values(engine, examples, pack_fn, args):
-    """What the engine gives for the trained tokens of some examples, [N, ...]; each rank computes a share."""
-    parts = {}
-    most = 4 * args.micro_train_batch_size  # without a gradient, more fits
-    for members in split_step([example["length"] for example in examples], most):
+def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args):
+    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
+
+    examples_of(indices) -> examples. Each rank writes the values of its share into one file, which appears
+    by rename: several nodes need a shared disk.
+    """
+    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
+    dist.broadcast_object_list(partial)
+    if dist.get_rank() == 0:
+        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
+    dist.barrier()
+    output = np.load(partial[0], mmap_mode="r+")
+    ends = np.cumsum(n_trained)
+    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
+    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
         members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
-        values = engine(pack_fn([examples[j] for j in members], engine.device))
-        sizes = [examples[j]["n_trained"] for j in members]
-        parts |= zip(members, values.float().split(sizes))
-    ends = np.cumsum([example["n_trained"] for example in examples])
-    block = torch.full((int(ends[-1]), *values.shape[1:]), -torch.inf, device=engine.device)
-    for j, part in parts.items():
-        block[ends[j] - len(part) : ends[j]] = part
-    dist.all_reduce(block, op=dist.ReduceOp.MAX)
-    return block.cpu().numpy()
-
-
-def write_values(file, engine, fetch_fn, n_trained, pack_fn, args):
-    """Writes block_values of all examples, fetch_fn(indices), to a file that PerToken reads."""
-    rank, written = dist.get_rank(), 0
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    size = 32 * args.micro_train_batch_size * dist.get_world_size()  # examples of a block
-    quiet = rank != 0 or not sys.stderr.isatty()
-    for first in tqdm.tqdm(range(0, len(n_trained), size), file.stem[:12], disable=quiet):
-        indices = np.arange(first, min(first + size, len(n_trained)))
-        block = block_values(engine, fetch_fn(indices), pack_fn, args)
-        if rank == 0 and first == 0:
-            shape = (int(n_trained.sum()), *block.shape[1:])
-            output = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        if rank == 0:
-            output[written : written + len(block)] = block
-            written += len(block)
-    if rank == 0:
-        output.flush()
-        os.replace(partial, file)
+        examples = examples_of(members)
+        values = engine(pack_fn(examples, engine.device)).float().cpu().numpy()
+        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
+            output[ends[i] - len(part) : ends[i]] = part
+    output.flush()
     for p in engine.parameters():
         if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
             p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
     dist.barrier()
+    if dist.get_rank() == 0:
+        os.replace(partial[0], file)
+    dist.barrier()
 
 
 def reference_logps(tables, args, device):
-    """{table's fingerprint: PerToken of its log-probs [sum of n_trained] under the reference}."""
+    """{table's fingerprint: PerToken of its log-probs under the reference}."""
     path = args.ref_pretrain or args.pretrain
-    engine, references = None, {}
+    references = {}
     for table in tables:
-        n_trained = column(table, "n_trained")
+        lengths, n_trained = column(table, "length"), column(table, "n_trained")
         file, found = cache_file("logps", [table._fingerprint, path, stamp(path), args.bf16], args)
-        if not found and engine is None:
+        if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
             check_tree(engine, args)
-        if not found:
-            write_values(file, engine, functools.partial(fetch, table), n_trained, pack_trees, args)
+            examples_of = functools.partial(fetch, table)
+            write_values(file, engine, examples_of, lengths, n_trained, (), pack_trees, args)
         references[table._fingerprint] = PerToken(file, n_trained)
     return references
 
@@ -1117,10 +1113,12 @@ def write_record(folder, identity):
 def difference(folder, identity):
     """In words, what makes this another run than the one that made the folder; "" if nothing does."""
     record = read_record(folder)
+    made = record.get("model_files", [])
     changed = []
     for key, value in identity.items():
         # A model that was trained in place is an input that this run itself has changed.
-        if record.get(key) != value and [record.get("model_files")] != value:
+        own_output = key.startswith("files of ") and made and all(file in value[0] for file in made)
+        if record.get(key) != value and not own_output:
             changed.append(key)
     if not changed:
         return ""
@@ -1128,9 +1126,9 @@ def difference(folder, identity):
 
 
 def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
+    """Folders of all complete checkpoints, newest first."""
     folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
-    return sorted(((int(path.name[5:]), path) for path in folders), reverse=True)
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def publish(args):
@@ -1164,6 +1162,7 @@ def open_run(args, identity):
         changed = difference(target, identity)
         if not changed:
             shutil.rmtree(args.ckpt_path, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             note(f"done   {target} is complete and made by this command: nothing to do")
             return None
         if target.resolve() != Path(args.pretrain).resolve():
@@ -1172,12 +1171,12 @@ def open_run(args, identity):
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
+    for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
         note(f"resume {folder}")
-        return step
+        return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
     partial.mkdir()
     return 0
@@ -1190,7 +1189,7 @@ def save_checkpoint(engine, args, step, identity):
     if dist.get_rank() == 0:
         write_record(partial, identity)
         os.rename(partial, partial.with_suffix(""))
-        for _, folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
     dist.barrier()
 
@@ -1264,14 +1263,10 @@ def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels["grad_norm"] = "grad"
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in labels.items() if name in metrics]
-    if "lr" in metrics:
-        parts.append(f"lr {metrics['lr']:.1e}  {metrics['tokens_per_sec']:,.0f} tok/s")
-        parts.append(
-            f"{metrics['peak_mem_gib']:.1f} GiB  left {datetime.timedelta(seconds=int(seconds_left))}"
-        )
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):

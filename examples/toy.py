@@ -1,7 +1,6 @@
 """The embedded toy: a tiny policy, a reward model and prompts, made in about a minute on two CPU cores.
 
     python examples/toy.py --out toy                  (`bash iterate.sh` without arguments runs this)
-    python examples/toy.py --out toy --random_rm      (adds rm_random/, the control experiment)
     python examples/toy.py --out toy --teacher        (adds teacher/, for METHOD=distill)
 
 The language is short reviews of films, novels and plays. Every opinion word in them is good or bad, so the
@@ -18,24 +17,20 @@ What lies in --out afterwards:
     policy/         the start policy: one epoch of `python sft.py` on sft.jsonl (its console: policy.log)
     rm/             a reward model (sequence classification, one label) that reads prompt + output + EOS. It
                     learned from noisy labels, and that broken text is worth 0.5 less: near the truth, not it
-    rm_random/      a reward model that knows nothing; aligned with it, the true score must stay where it was
     teacher/        a policy that mostly praises, trained as policy/ was, but on praise.jsonl
-    toy.json        the settings, written last: the same command again finds it and does nothing
+    toy.json        the settings: the same command again finds it and does nothing
 
 Everything random comes from --seed: same machine, same number of cores, same bytes. No download.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +38,6 @@ import torch
 import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -56,14 +49,9 @@ from transformers.utils import logging
 
 @dataclass
 class Args:
-    out: str
-    """Folder to make, e.g. runs/toy. Only the names in the docstring are written or replaced in it."""
-    seed: int = 0
-    """Seed of everything random: texts, initial weights, data order, samples."""
-    random_rm: bool = False
-    """Also make rm_random/. On a complete toy this adds just that folder, in seconds."""
-    teacher: bool = False
-    """Also make teacher/, in the same way."""
+    out: str  # Folder to make, e.g. runs/toy. It appears when everything in it is there.
+    seed: int = 0  # Seed of everything random: texts, initial weights, data order, samples.
+    teacher: bool = False  # Also make teacher/. On a complete toy this adds just that folder.
 
 
 # --- the language
@@ -85,34 +73,37 @@ def make_row(rng, share=0.5):
     """One of 3 x 12 x 12 prompts and a review: three or four opinions, share of them good, "but" between two
     that differ. No blank where prompt and review meet, so nothing is lost to a strip()."""
     kind = rng.choice(list(ASPECTS))
-    aspects = rng.sample(ASPECTS[kind], 3)
+    one, two, three = rng.sample(ASPECTS[kind], 3)
     good = [rng.random() < share for _ in range(4)]
-    opinions = [rng.choice(POSITIVE if g else NEGATIVE) for g in good[:3]]
+    opinions = [rng.choice(POSITIVE if is_good else NEGATIVE) for is_good in good[:3]]
     a, b, c = (rng.choice(["", "", "truly ", "rather "]) + opinion for opinion in opinions)
     link = "and" if good[0] == good[1] else "but"
-    second = rng.choice([f"the {aspects[1]} was {b}", f"i found the {aspects[1]} {b}"])
-    third = rng.choice(["", f" the {aspects[2]} felt {c}.", f" to me the {aspects[2]} seemed {c}."])
+    second = rng.choice([f"the {two} was {b}", f"i found the {two} {b}"])
+    third = rng.choice(["", f" the {three} felt {c}.", f" to me the {three} seemed {c}."])
     close = rng.choice(["overall, i was", "in the end i was", f"the {kind} left me"])
     feeling = rng.choice(GLAD if good[3] else SORRY)
     return {
         "input": f"Review of the {kind} The {rng.choice(FIRST)} {rng.choice(SECOND)}:",
-        "output": f"the {aspects[0]} was {a} {link} {second}.{third} {close} {feeling}.",
+        "output": f"the {one} was {a} {link} {second}.{third} {close} {feeling}.",
     }
 
 
 def break_text(text, rng):
-    """A review gone wrong, as a policy in trouble writes: cut, shuffled, stuttering, lossy, salad, noise."""
+    """A review gone wrong, as a policy in trouble writes."""
     words = text.split()
     at = rng.randrange(len(words))
-    ways = [
-        lambda: text[: rng.randrange(len(text) - 2)],
-        lambda: " ".join(rng.sample(words, len(words))),
-        lambda: " ".join(words[:at] + [words[at]] * rng.randint(3, 20) + words[at:]),
-        lambda: " ".join(word for word in words if rng.random() < 0.6),
-        lambda: " ".join(rng.choices(POSITIVE + NEGATIVE + GLAD + SORRY + words, k=rng.randint(1, 25))),
-        lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz    ,.:;!?'\n0123", k=rng.randint(0, 60))),
-    ]
-    return rng.choice(ways)()
+    way = rng.choice(["cut", "shuffled", "stuttering", "lossy", "salad", "noise"])
+    if way == "cut":
+        return text[: rng.randrange(len(text) - 2)]
+    if way == "shuffled":
+        return " ".join(rng.sample(words, len(words)))
+    if way == "stuttering":
+        return " ".join(words[:at] + [words[at]] * rng.randint(3, 20) + words[at:])
+    if way == "lossy":
+        return " ".join(word for word in words if rng.random() < 0.6)
+    if way == "salad":
+        return " ".join(rng.choices(POSITIVE + NEGATIVE + GLAD + SORRY + words, k=rng.randint(1, 25)))
+    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz    ,.:;!?'\n0123", k=rng.randint(0, 60)))
 
 
 def true_score(text: str) -> float:
@@ -156,7 +147,7 @@ def make_tokenizer(rows):
     )  # fmt: skip
 
 
-def make_config(tokenizer, **shape):
+def make_config(tokenizer, shape):
     """A Qwen2, fp32, untied. Pad and EOS differ: a reward model is read at the last id that is not pad."""
     return Qwen2Config(
         vocab_size=len(tokenizer), num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=512,
@@ -165,30 +156,21 @@ def make_config(tokenizer, **shape):
     )  # fmt: skip
 
 
-def make_policy_init(tokenizer, seed):
-    """The policy before any training."""
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(make_config(tokenizer, **POLICY_SHAPE))
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**ids)
-    return model
-
-
-def train_policy(out, name, data, seed, lock):
+def train_policy(folder, name, data, seed):
     """policy_init -> name by the repository's sft.py in its own process: made by what it will test."""
     script = Path(__file__).resolve().parents[1] / "sft.py"
     flags = (
-        f"--seed {seed} --input_key input --output_key output --max_len 96 --no-bf16 --zero_stage 1"
-        " --train_batch_size 32 --micro_train_batch_size 32 --learning_rate 3e-3 --lr_scheduler cosine"
+        f"--pretrain policy_init --dataset {data} --save_path {name} --seed {seed} --input_key input"
+        " --output_key output --max_len 96 --no-bf16 --zero_stage 1 --train_batch_size 32"
+        " --micro_train_batch_size 32 --learning_rate 3e-3 --lr_scheduler cosine"
     )
-    paths = {"--pretrain": out / "policy_init", "--dataset": out / data, "--save_path": out / name}
-    command = [sys.executable, str(script), *(str(x) for pair in paths.items() for x in pair), *flags.split()]
-    with open(out / f"{name}.log", "w") as log:  # the child holds our lock too: it may outlive us
-        run = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+    command = [sys.executable, str(script), *flags.split()]
+    path = folder / f"{name}.log"
+    with open(path, "w") as log:
+        run = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     if run.returncode != 0:
-        tail = "\n".join((out / f"{name}.log").read_text().splitlines()[-20:])
-        print(f"{tail}\ntoy: {shlex.join(command)}\n     code {run.returncode}: see {out}/{name}.log")
-        sys.exit(1)
+        tail = "\n".join(path.read_text().splitlines()[-20:])
+        sys.exit(f"{tail}\nerror: sft.py ended with code {run.returncode}: see {path}")
 
 
 def rm_batch(tokenizer, rows):
@@ -201,14 +183,16 @@ def train_rm(tokenizer, seed, steps=80, batch=64, lr=3e-3):
     """Squared error against labels with a noise of 0.3; one text in five is broken and worth 0.5 less."""
     rng = random.Random(f"rm {seed}")
     torch.manual_seed(seed)
-    model = Qwen2ForSequenceClassification(make_config(tokenizer, **RM_SHAPE))
+    model = Qwen2ForSequenceClassification(make_config(tokenizer, RM_SHAPE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        rows, labels = [make_row(rng) for _ in range(batch)], []
+        rows = [make_row(rng) for _ in range(batch)]
+        labels = []
         for row in rows:
             broken = rng.random() < 0.2
-            row["output"] = break_text(row["output"], rng) if broken else row["output"]
+            if broken:
+                row["output"] = break_text(row["output"], rng)
             labels.append(true_score(row["output"]) - 0.5 * broken + rng.gauss(0, 0.3))
         scores = model(**rm_batch(tokenizer, rows)).logits[:, 0]  # [batch]
         (scores - torch.tensor(labels)).square().mean().backward()
@@ -220,66 +204,14 @@ def train_rm(tokenizer, seed, steps=80, batch=64, lr=3e-3):
 
 
 @torch.no_grad()
-def make_random_rm(tokenizer, seed):
-    """Random weights, random head. By accident such a head leans to good or bad words, or to long texts, so
-    it is turned until its score has no covariance with the count of any opinion word or with length over 4096
-    reviews; mean 0, standard deviation 0.5, as the scores of a real one have."""
-    rng = random.Random(f"rm_random {seed}")
-    torch.manual_seed(seed)
-    config = make_config(tokenizer, initializer_range=0.2, **RM_SHAPE)  # 0.02: all texts alike
-    model = Qwen2ForSequenceClassification(config).eval()
-    rows = [make_row(rng) for _ in range(4096)]
-    batch = rm_batch(tokenizer, rows)
-    length = batch["attention_mask"].sum(1)
-    h = model.model(**batch).last_hidden_state[torch.arange(len(rows)), length - 1]  # [4096, H], at EOS
-    words = POSITIVE + NEGATIVE + GLAD + SORRY
-    counts = [[1.0, len(row["output"].split()), *(row["output"].count(w) for w in words)] for row in rows]
-    avoid = h.T @ torch.tensor(counts)  # [H, 30]
-    basis = torch.linalg.qr(avoid).Q
-    head = torch.randn(h.shape[1])
-    head -= basis @ (basis.T @ head)
-    model.score.weight.copy_(head * 0.5 / (h @ head).std())
-    return model
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts, seed):
-    """One sample per prompt at temperature 1: rows, and the share that ended by itself within 64 tokens."""
-    torch.manual_seed(seed)
-    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64)
-    ids = ids[:, batch["input_ids"].shape[1] :]  # [N, new tokens]
-    outputs = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    ended = (ids == tokenizer.eos_token_id).any(1).float().mean().item()
-    return [{"input": prompt, "output": output} for prompt, output in zip(prompts, outputs)], ended
-
-
-@torch.no_grad()
-def compare(rm, tokenizer, rows):
-    """Rewards [N], true scores [N] and the correlation of the two."""
+def correlation(rm, tokenizer, rows):
+    """Of rewards with true scores."""
     rewards = rm(**rm_batch(tokenizer, rows)).logits[:, 0]
     truth = torch.tensor([true_score(row["output"]) for row in rows])
-    return rewards, truth, torch.corrcoef(torch.stack([rewards, truth]))[0, 1].item()
+    return torch.corrcoef(torch.stack([rewards, truth]))[0, 1].item()
 
 
 # --- files
-
-
-def clear(out, done, begun, settings):
-    """Make the folder ours and free of an older or half-made toy; never of anything else."""
-    names = "prompts.jsonl sft.jsonl praise.jsonl policy_init policy rm rm_random teacher"  # and NAME.log
-    found = sorted({path for name in names.split() for path in (*out.glob(name), *out.glob(name + ".*"))})
-    if found and not done.exists() and not begun.exists():
-        sys.exit(
-            f"toy: {out} holds {', '.join(p.name for p in found)} but no toy.json or toy.json.partial, so\n"
-            "     this script did not make them. They are untouched: remove them or choose another --out."
-        )
-    if found:
-        print(f"toy    {out} holds {'a half-made' if begun.exists() else 'another'} toy: making it anew")
-    begun.write_text(json.dumps(settings))
-    done.unlink(missing_ok=True)
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_rows(path, rows):
@@ -288,77 +220,59 @@ def write_rows(path, rows):
 
 
 def save(model, tokenizer, path):
-    """Beside, then renamed: a folder that has its name is whole."""
-    beside = path.with_name(path.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+    """A Hugging Face folder."""
+    model.save_pretrained(path)
     tokenizer.backend_tokenizer.no_padding()  # else the padding of the last batch is saved along
-    tokenizer.save_pretrained(beside)
-    os.replace(beside, path)
+    tokenizer.save_pretrained(path)
+
+
+def make_toy(folder, seed):
+    """Everything but teacher/ and toy.json."""
+    rng = random.Random(f"texts {seed}")
+    rows = [make_row(rng) for _ in range(6400)]
+    prompts = list(dict.fromkeys(make_row(rng)["input"] for _ in range(5000)))[:256]
+    write_rows(folder / "sft.jsonl", rows)
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    print(f"toy    {len(prompts)} prompts, {len(rows):,} reviews such as: {rows[0]['output']}")
+
+    tokenizer = make_tokenizer(rows)
+    torch.manual_seed(seed)
+    policy = Qwen2ForCausalLM(make_config(tokenizer, POLICY_SHAPE))
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy.generation_config = GenerationConfig(**ids)
+    save(policy, tokenizer, folder / "policy_init")
+    print(f"toy    training a policy of {policy.num_parameters():,} parameters", flush=True)
+    train_policy(folder, "policy", "sft.jsonl", seed)
+
+    rm = train_rm(tokenizer, seed)
+    save(rm, tokenizer, folder / "rm")
+    rng = random.Random(f"fresh {seed}")
+    fresh = correlation(rm, tokenizer, [make_row(rng) for _ in range(512)])
+    print(f"toy    rm: correlation of its reward with the true score of new reviews {fresh:.3f}")
 
 
 def main(args: Args):
-    out, seed, start = Path(args.out), args.seed, time.time()
-    done, begun = out / "toy.json", out / "toy.json.partial"  # begun: ours, but not whole
-    settings = {"seed": seed, "recipe": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
+    out = Path(args.out)
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    settings = {"seed": args.seed, "recipe": recipe}
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # small matrices gain little from two, which cost 5 x the CPU on a busy machine
 
-    def tell(name, text):
-        print(f"toy    {name:<12} {text:<86} {time.time() - start:5.1f} s", flush=True)
-
-    complete = done.exists() and json.loads(done.read_text()) == settings
-    extras = {"rm_random": args.random_rm, "teacher": args.teacher}
-    if complete and all((out / name).exists() for name, asked in extras.items() if asked):
-        return tell("complete", f"{out} was made by this command before: nothing to do")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"toy: another process is working in {out}: wait for it, or choose another --out")
-    if not complete:
-        clear(out, done, begun, settings)
-        rng = random.Random(f"texts {seed}")
-        rows = [make_row(rng) for _ in range(6400)]
-        prompts = list(dict.fromkeys(make_row(rng)["input"] for _ in range(5000)))[:256]
-        for name, lines in {"sft": rows, "prompts": [{"prompt": prompt} for prompt in prompts]}.items():
-            write_rows(out / f"{name}.jsonl", lines)
-        tokenizer = make_tokenizer(rows)
-        model = make_policy_init(tokenizer, seed)
-        save(model, tokenizer, out / "policy_init")
-        size = f"{model.num_parameters() / 1e6:.1f} M random parameters, {len(tokenizer)} tokens"
-        tell("policy_init", f"{size}; {len(rows):,} reviews, {len(prompts)} prompts")
-        train_policy(out, "policy", "sft.jsonl", seed, lock)
+    if not out.exists():
+        partial = out.with_name(out.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+        make_toy(partial, args.seed)
+        (partial / "toy.json").write_text(json.dumps(settings))
+        os.replace(partial, out)
+    elif not (out / "toy.json").exists() or json.loads((out / "toy.json").read_text()) != settings:
+        print(f"error: {out} is another toy, or none: remove it, or choose another --out", file=sys.stderr)
+        sys.exit(2)
     if args.teacher and not (out / "teacher").exists():
-        rng = random.Random(f"praise {seed}")
+        rng = random.Random(f"praise {args.seed}")
         write_rows(out / "praise.jsonl", [make_row(rng, share=0.9) for _ in range(6400)])
-        train_policy(out, "teacher", "praise.jsonl", seed, lock)
-        tell("teacher", "a policy that praises")
-
-    tokenizer = AutoTokenizer.from_pretrained(out / "policy")
-    policy = AutoModelForCausalLM.from_pretrained(out / "policy", dtype=torch.float32)
-    prompts = [json.loads(line)["prompt"] for line in (out / "prompts.jsonl").read_text().splitlines()]
-    samples, ended = sample(policy, tokenizer, prompts, seed)
-    truth = torch.tensor([true_score(row["output"]) for row in samples])
-    tell("policy", f"score {truth.mean():+.2f} (std {truth.std():.2f}), {ended:.1%} of samples end by EOS")
-    rng = random.Random(f"fresh {seed}")
-    fresh = [make_row(rng) for _ in range(512)]
-    for name, make in [("rm", train_rm), ("rm_random", make_random_rm)]:
-        if (out / name).exists() or (make is make_random_rm and not args.random_rm):
-            continue
-        model = make(tokenizer, seed)
-        save(model, tokenizer, out / name)
-        r_fresh, r_own = (compare(model, tokenizer, rows)[2] for rows in (fresh, samples))
-        tell(name, f"correlation with the truth: {r_fresh:+.3f} fresh reviews, {r_own:+.3f} own samples")
-        rewards, scores, _ = compare(model, tokenizer, samples[:2])
-        for row, reward, score in zip(samples, rewards, scores):
-            print(f"{'':20}{row['input']} reward {reward:+.2f}, true score {score:+.2f}")
-            print(f"{'':20}  {row['output']}")
-    if not complete:
-        os.sync()  # what toy.json vouches for is on disk before toy.json has its name
-        os.replace(begun, done)
-    tell("saved", str(out))
+        train_policy(out, "teacher", "praise.jsonl", args.seed)
+    print(f"toy    complete: {out}")
 
 
 if __name__ == "__main__":

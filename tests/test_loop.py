@@ -78,11 +78,11 @@ def test_raft_raises_reward_and_truth(raft):
 
 def test_a_random_reward_leaves_the_truth_alone(raft, tmp_path):
     """The control: trained on the best samples of a reward that knows nothing, the true score hardly moves."""
-    out, report = raft
-    toy = [sys.executable, str(REPO / "examples/toy.py"), "--out", str(out / "toy"), "--random_rm"]
-    subprocess.run(toy, check=True, timeout=600)
-    models = {"POLICY_MODEL_PATH": str(out / "toy/policy"), "RM_MODEL_PATH": str(out / "toy/rm_random")}
-    iterate(OUT=str(tmp_path / "run"), PROMPT_DATASET=str(out / "toy/prompts.jsonl"), **models, **FLAGS)
+    toy, report = raft[0] / "toy", raft[1]
+    (tmp_path / "noise.py").write_text("from random import random\n\ndef noise(prompt, response, row):\n    return random()\n")
+    models = {"POLICY_MODEL_PATH": str(toy / "policy"), "PROMPT_DATASET": str(toy / "prompts.jsonl")}
+    noise = {"RM_FLAGS": f"--reward_fn {tmp_path}/noise.py:noise --no-bf16 --max_len 160"}
+    iterate(OUT=str(tmp_path / "run"), **models, **FLAGS | noise)
     plot = [sys.executable, str(REPO / "examples/plot.py"), "--out", str(tmp_path / "run")]
     plot += ["--pretrain", models["POLICY_MODEL_PATH"], "--score_fn", f"{REPO}/examples/toy.py:true_score"]
     subprocess.run(plot, check=True, timeout=300)

@@ -141,15 +141,15 @@ def run_ours(folder, args):
     spec = importlib.util.spec_from_file_location("script", REPO / "dpo.py")
     script = sys.modules["script"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    forward_logps, reference = script.forward_logps, []
+    reference_logps, reference = script.reference_logps, []
 
     def timed(*inputs):
         started = time.perf_counter()
-        result = forward_logps(*inputs)
+        result = reference_logps(*inputs)
         reference.append(time.perf_counter() - started)
         return result
 
-    script.forward_logps = timed
+    script.reference_logps = timed
     paths = {"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", "cache_dir": "cache"}
     flags = {name: str(folder / path) for name, path in paths.items()}
     flags |= {"train_batch_size": args.batch, "micro_train_batch_size": args.micro_batch, "max_len": 1024}

@@ -120,18 +120,18 @@ def load_script(name):
 def run_ours(folder, args):
     """main() of kd.py, the memory read where a step begins and ends; its own log has the rest."""
     script, levels, peaks = load_script("kd"), [], []
-    run_batch, console_line = script.run_batch, script.console_line
+    kd_step, console_line = script.kd_step, script.console_line
 
     def before(*inputs, **options):
         if not levels:
             levels.append(start_level())
-        return run_batch(*inputs, **options)
+        return kd_step(*inputs, **options)
 
     def after(*inputs):
         peaks.append(memory_gib("VmHWM"))
         return console_line(*inputs)
 
-    script.run_batch, script.console_line = before, after
+    script.kd_step, script.console_line = before, after
     paths = {"pretrain": "student", "teacher_model": "teacher", "dataset": "rows.jsonl", "save_path": "out"}
     flags = {name: str(folder / path) for name, path in paths.items()}
     flags |= {"train_batch_size": args.batch, "micro_train_batch_size": args.micro_batch, "max_len": 1024}

@@ -75,7 +75,7 @@ def run(folder, args):
 
         return wrapped
 
-    names = {"reference_logps": "reference", "start_engine": "load", "run_batch": "forward and backward"}
+    names = {"reference_logps": "reference", "start_engine": "load", "dpo_step": "forward and backward"}
     names |= {"console_line": "optimizer", "save_model": "save"}
     for name, phase in names.items():
         setattr(script, name, after(phase, getattr(script, name)))
