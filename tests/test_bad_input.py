@@ -20,6 +20,7 @@ GOOD = json.dumps(ROW) + "\n"
 CHAT = [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "old"}]
 STRICT = "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 REWRITES = "{% for m in messages %}{{ m.content[: messages | length] }}{% endfor %}"
+FORGETS = "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}{% endfor %}"
 TWICE = "rows.jsonl,rows.jsonl"
 
 
@@ -28,11 +29,10 @@ def home(tmp_path_factory):
     """The working directory: models that lack something, and a folder that holds another run's model."""
     home, before = tmp_path_factory.mktemp("bad_input"), Path.cwd()
     make_model(home / "model", make_tokenizer(), max_position_embeddings=128)
-    for name in ("plain", "no_config", "small", "no_weights", "other"):
+    for name in ("plain", "no_config", "small", "other"):
         shutil.copytree(home / "model", home / name)
     (home / "plain/chat_template.jinja").unlink()
     (home / "no_config/config.json").unlink()
-    (home / "no_weights/model.safetensors").unlink()
     config = json.loads((home / "small/config.json").read_text())
     (home / "small/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     os.chdir(home)
@@ -54,18 +54,15 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "missing eval file": ({"eval_dataset": "none.jsonl"}, GOOD, ["none.jsonl"]),
     "empty file": ({}, "", ["rows.jsonl", "no rows"]),
     "blank lines": ({}, "\n \n", ["rows.jsonl", "no rows"]),
-    "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
-    "broken first line": ({}, '{"input": oops}\n' + GOOD, [r"rows\.jsonl", "first row", "column 11"]),
-    "row is a list": ({}, GOOD + "[1, 2]\n", [r"rows\.jsonl:2", "list"]),
-    "first row is a number": ({}, "3\n" + GOOD, ["rows.jsonl", "first row is no JSON object"]),
-    "first row is text": ({}, '"a"\n' + GOOD, ["rows.jsonl", "first row is no JSON object"]),
-    "an object, no list": ({"dataset": "object.json"}, GOOD, ["object.json", "no JSON object|no list"]),
+    "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "broken JSON", "column 11"]),
+    "row is a list": ({}, GOOD + "[1, 2]\n", [r"rows\.jsonl:2", "must be an object"]),
+    "an object, no list": ({"dataset": "object.json"}, GOOD, ["object.json:1", "must be an object"]),
     "not UTF-8": ({}, GOOD.encode() + b'{"input": "caf\xe9", "output": "x"}\n', [r"rows\.jsonl:2", "utf-8"]),
     # --- columns and values
-    "missing column": ({"input_key": "prompt"}, GOOD, ["'prompt'", "input, output", "--input_key"]),
-    "unknown columns": ({}, '{"a": "x", "b": "y"}\n', ["rows.jsonl", "a, b", "--input_key", "--output_key"]),
-    "null": ({}, GOOD + '{"input": null, "output": "x"}\n', [r"rows\.jsonl:2", "not? text|neither text"]),
-    "no column in row 2": ({}, GOOD + '{"input": "x"}\n', [r"rows\.jsonl:2", "neither text"]),
+    "missing column": ({"input_key": "prompt"}, GOOD, ["columns input, output", "--input_key"]),
+    "unknown columns": ({}, '{"a": "x", "b": "y"}\n', ["rows.jsonl:1", "columns a, b", "--input_key, --output_key"]),
+    "null": ({}, GOOD + '{"input": null, "output": "x"}\n', [r"rows\.jsonl:2", "neither text"]),
+    "no column in row 2": ({}, GOOD + '{"input": "x"}\n', [r"rows\.jsonl:2", "columns input: choose"]),
     "true": ({}, GOOD + '{"input": true, "output": "x"}\n', [r"rows\.jsonl:2", "neither text", "bool"]),
     "null is no word": ({}, '{"instruction": null, "input": "red", "output": "old"}\n', ["neither text"]),
     "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
@@ -77,7 +74,10 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "turns are numbers": ({}, chat_row(1, 2), [r"rows\.jsonl:1"]),
     "content in parts": ({}, chat_row({"role": "user", "content": ["x"]}, CHAT[1]), ["needs role and content"]),
     "template refuses": ({"tokenizer_chat_template": STRICT}, chat_row(*CHAT), ["roles must alternate"]),
-    "template rewrites": ({"tokenizer_chat_template": REWRITES}, chat_row(*CHAT, *CHAT), ["rewrites earlier turns"]),
+    "template rewrites the prompt": ({"tokenizer_chat_template": REWRITES}, chat_row(*CHAT), ["rewrites earlier turns"]),
+    "template rewrites an answer": (
+        {"tokenizer_chat_template": FORGETS, "multiturn": True}, chat_row(*CHAT, *CHAT), ["rewrites earlier turns"],
+    ),
     "template is broken": ({"tokenizer_chat_template": "{% for"}, chat_row(*CHAT), ["expected token|end of"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT), ["chat template|chat_template"]),
     "no template for text": ({"pretrain": "plain", "apply_chat_template": True}, GOOD, ["--tokenizer_chat_template"]),
@@ -120,12 +120,6 @@ def test_bad_input(name, monkeypatch, capfd):
     assert not Path("out").exists()
 
 
-def test_weights_are_missing(capfd):
-    write_rows("rows.jsonl", [ROW])
-    with pytest.raises((SystemExit, OSError)):
-        sft.main(sft.Args(**flags_of(pretrain="no_weights", save_path="out2")))
-
-
 def test_cache_dir_that_cannot_be_written(home, monkeypatch, capfd):
     """A notice, and a temporary folder serves."""
     write_rows("rows.jsonl", [ROW])
@@ -133,12 +127,16 @@ def test_cache_dir_that_cannot_be_written(home, monkeypatch, capfd):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     args = sft.Args(**flags_of(cache_dir="rows.jsonl/cache"))
     sft.setup(args)
-    assert "--cache_dir rows.jsonl/cache: Not a directory; a temporary folder serves" in capfd.readouterr().out
+    assert (
+        "--cache_dir rows.jsonl/cache: Not a directory; a temporary folder serves" in capfd.readouterr().out
+    )
     assert len(sft.load_examples("rows.jsonl", None, "train", sft.load_tokenizer("model", args), args)) == 1
     assert list(home.glob("flatalign-*/rows"))
 
 
-@pytest.mark.parametrize("words, named", [(["--learning_rat", "1"], "--learning_rate"), (["--zero_stage", "4"], "4")])
+@pytest.mark.parametrize(
+    "words, named", [(["--learning_rat", "1"], "--learning_rate"), (["--zero_stage", "4"], "4")]
+)
 def test_flags_that_tyro_refuses(words, named, capsys):
     with pytest.raises(SystemExit, match="2"):
         tyro.cli(sft.Args, args=["--pretrain", "x", "--dataset", "y", *words], use_underscores=True)

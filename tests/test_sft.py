@@ -270,7 +270,11 @@ def test_split_step_uses_every_example_once(lengths, world_size, max_examples, m
     passes = [members for passes in ranks for members in passes]
     assert sorted(i for members in passes for i in members) == list(range(len(lengths)))
     for members in passes:
-        fits = len(members) <= max_examples if max_tokens is None else sum(lengths[i] for i in members) <= max_tokens
+        fits = (
+            len(members) <= max_examples
+            if max_tokens is None
+            else sum(lengths[i] for i in members) <= max_tokens
+        )
         assert fits
     if max_tokens is None:
         assert len(ranks[0]) == math.ceil(len(lengths) / max_examples / world_size)
@@ -321,7 +325,9 @@ FIRST = "<|user|>red?<eos>\n<|assistant|>"
 PROMPT = FIRST + "river<eos>\n<|user|>old?<eos>\n<|assistant|>"
 SHAREGPT = [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in CHAT]
 # An earlier answer loses what stands before "/", as reasoning models lose their thoughts.
-FORGETS = CHAT_TEMPLATE.replace("m['content']", "(m['content'] if loop.last else m['content'].split('/')[-1])")
+FORGETS = CHAT_TEMPLATE.replace(
+    "m['content']", "(m['content'] if loop.last else m['content'].split('/')[-1])"
+)
 THINKING = [CHAT[0], {"role": "assistant", "content": "well/river"}, *CHAT[2:]]
 SYSTEM = {"role": "system", "content": "be old"}
 NO_END = CHAT_TEMPLATE.replace(" + eos_token", "")
@@ -368,11 +374,16 @@ def encode(row, folder, **flags):
     """(text before the first trained token, [text of each trained stretch], ids, console sample) of a row."""
     args = make_args(pretrain=folder, **flags)
     tokenizer = sft.load_tokenizer(folder, args)
-    example = sft.encode_row(row, sft.choose_keys("rows", row, args), tokenizer, args)
+    example = sft.encode_row(row, tokenizer, args)
     ids, trained = example["input_ids"], example["trained"]
     edges = np.flatnonzero(np.diff(trained.astype(int), append=0, prepend=0)).reshape(-1, 2)
     texts = [tokenizer.decode(ids[begin:end]) for begin, end in edges]
-    return tokenizer.decode(ids[: edges[0][0]]), texts, ids.tolist(), sft.mark_trained(ids, trained, tokenizer)
+    return (
+        tokenizer.decode(ids[: edges[0][0]]),
+        texts,
+        ids.tolist(),
+        sft.mark_trained(ids, trained, tokenizer),
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -513,7 +524,12 @@ def test_number_of_processes_has_no_effect(tiny, tokenizer, tmp_path):
 
 def test_reasons_are_counted(tiny, tokenizer, tmp_path, capsys):
     """Up to --max_drop_ratio of the rows may be unusable."""
-    rows = [*make_rows(46), {"input": "red " * 200, "output": "old"}, QA | {"output": ""}, QA | {"output": " "}]
+    rows = [
+        *make_rows(46),
+        {"input": "red " * 200, "output": "old"},
+        QA | {"output": ""},
+        QA | {"output": " "},
+    ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with open(path, "a") as file:
         file.write('{"input": "the writer was killed he')
@@ -584,7 +600,13 @@ def test_gpt2_and_sampling_settings_are_saved(lora_rank, tokenizer, rows_file, r
 
 def test_no_dropout_is_left(tmp_path):
     """OPT and others call F.dropout with a number of their own."""
-    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 90}
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 90,
+    }
     config = transformers.OPTConfig(**sizes, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5)
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
     model = sft.LogProbs(sft.load_model(str(tmp_path / "opt"), make_args())).train()
@@ -786,7 +808,9 @@ def test_numbers_that_are_not_finite_stop(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sft, "sft_loss", lambda *x: real(*x) * (math.nan if next(calls) == 3 else 1.0))
     assert run(train_batch_size=7) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "step 4 is not finite: {'loss': nan" in line and "its first row is" in line and "rows.jsonl:" in line
+    assert (
+        "step 4 is not finite: {'loss': nan" in line and "its first row is" in line and "rows.jsonl:" in line
+    )
     assert not (tmp_path / "out").exists()
 
 
