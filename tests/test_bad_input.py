@@ -21,6 +21,7 @@ CHAT = [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "o
 STRICT = "{% for m in messages %}{% if m.role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
 REWRITES = "{% for m in messages %}{{ m.content[: messages | length] }}{% endfor %}"
 FORGETS = "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}{% endfor %}"
+MULTITURN = {"tokenizer_chat_template": FORGETS, "multiturn": True}
 TWICE = "rows.jsonl,rows.jsonl"
 
 
@@ -47,13 +48,10 @@ def chat_row(*messages):
 BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     # --- files
     "missing file": ({"dataset": "none.jsonl"}, GOOD, ["none.jsonl", "No such file"]),
-    "missing .json": ({"dataset": "none.json"}, GOOD, ["none.json", "No such file"]),
     "missing .csv": ({"dataset": "none.csv"}, GOOD, ["none.csv"]),
     "missing folder": ({"dataset": "none/at-all"}, GOOD, ["none/at-all"]),
-    "one of two": ({"dataset": "rows.jsonl,none.jsonl"}, GOOD, ["none.jsonl"]),
     "missing eval file": ({"eval_dataset": "none.jsonl"}, GOOD, ["none.jsonl"]),
     "empty file": ({}, "", ["rows.jsonl", "no rows"]),
-    "blank lines": ({}, "\n \n", ["rows.jsonl", "no rows"]),
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "broken JSON", "column 11"]),
     "row is a list": ({}, GOOD + "[1, 2]\n", [r"rows\.jsonl:2", "must be an object"]),
     "an object, no list": ({"dataset": "object.json"}, GOOD, ["object.json:1", "must be an object"]),
@@ -69,22 +67,17 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "prompt >= max_len"]),
     # --- conversations
     "no answer": ({}, chat_row(CHAT[0]), ["no assistant turn"]),
-    "only an answer": ({}, chat_row(CHAT[1]), ["no assistant turn"]),
-    "no turn": ({}, chat_row(), ["no assistant turn"]),
     "turns are numbers": ({}, chat_row(1, 2), [r"rows\.jsonl:1"]),
     "content in parts": ({}, chat_row({"role": "user", "content": ["x"]}, CHAT[1]), ["needs role and content"]),
     "template refuses": ({"tokenizer_chat_template": STRICT}, chat_row(*CHAT), ["roles must alternate"]),
     "template rewrites the prompt": ({"tokenizer_chat_template": REWRITES}, chat_row(*CHAT), ["rewrites earlier turns"]),
-    "template rewrites an answer": (
-        {"tokenizer_chat_template": FORGETS, "multiturn": True}, chat_row(*CHAT, *CHAT), ["rewrites earlier turns"],
-    ),
+    "template rewrites an answer": (MULTITURN, chat_row(*CHAT, *CHAT), ["rewrites earlier turns"]),
     "template is broken": ({"tokenizer_chat_template": "{% for"}, chat_row(*CHAT), ["expected token|end of"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT), ["chat template|chat_template"]),
     "no template for text": ({"pretrain": "plain", "apply_chat_template": True}, GOOD, ["--tokenizer_chat_template"]),
     "missing template file": ({"tokenizer_chat_template": "none.jinja"}, GOOD, ["none.jinja"]),
     # --- models and outputs
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder nor"]),
-    "no hub name": ({"pretrain": "none/at-all"}, GOOD, ["none/at-all", "neither a model folder nor"]),
     "no config": ({"pretrain": "no_config"}, GOOD, ["no_config"]),
     "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
     "too few positions": ({"max_len": 200}, GOOD, ["--max_len 200", "--max_len 128", "config.json"]),
@@ -92,16 +85,14 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path rows.jsonl/out", "Not a directory"]),
     # --- flags
     "train_batch_size": ({"train_batch_size": 0}, GOOD, ["--train_batch_size must be 1 or more, not 0"]),
-    "micro_train_batch_size": ({"micro_train_batch_size": -1}, GOOD, ["--micro_train_batch_size", "-1"]),
-    "max_len": ({"max_len": 0}, GOOD, ["--max_len must be 1 or more"]),
     "probs are words": ({"dataset": TWICE, "dataset_probs": "x,y"}, GOOD, ["--dataset_probs x,y"]),
     "probs are few": ({"dataset": TWICE, "dataset_probs": "1"}, GOOD, ["--dataset_probs 1", "2 datasets"]),
 }  # fmt: skip
 
 
-def flags_of(**flags):
+def make_args(**flags):
     paths = {"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", "cache_dir": "cache"}
-    return {**paths, "bf16": False, "max_len": 100, "num_proc": 1, **flags}
+    return sft.Args(**{**paths, "bf16": False, "max_len": 100, "num_proc": 1, **flags})
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
@@ -113,7 +104,7 @@ def test_bad_input(name, monkeypatch, capfd):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     capfd.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        sft.main(sft.Args(**flags_of(**flags)))
+        sft.main(make_args(**flags))
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and len(line) < 700
     assert not [pattern for pattern in patterns if not re.search(pattern, line)], line
@@ -125,7 +116,7 @@ def test_cache_dir_that_cannot_be_written(home, monkeypatch, capfd):
     write_rows("rows.jsonl", [ROW])
     monkeypatch.setattr(sft.tempfile, "gettempdir", lambda: str(home))
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    args = sft.Args(**flags_of(cache_dir="rows.jsonl/cache"))
+    args = make_args(cache_dir="rows.jsonl/cache")
     sft.setup(args)
     assert (
         "--cache_dir rows.jsonl/cache: Not a directory; a temporary folder serves" in capfd.readouterr().out
@@ -134,10 +125,8 @@ def test_cache_dir_that_cannot_be_written(home, monkeypatch, capfd):
     assert list(home.glob("flatalign-*/rows"))
 
 
-@pytest.mark.parametrize(
-    "words, named", [(["--learning_rat", "1"], "--learning_rate"), (["--zero_stage", "4"], "4")]
-)
-def test_flags_that_tyro_refuses(words, named, capsys):
+@pytest.mark.parametrize("flag, value, named", [("learning_rat", "1", "--learning_rate"), ("zero_stage", "4", "{0,1,2,3}")])
+def test_flags_that_tyro_refuses(flag, value, named, capsys):
     with pytest.raises(SystemExit, match="2"):
-        tyro.cli(sft.Args, args=["--pretrain", "x", "--dataset", "y", *words], use_underscores=True)
-    assert named in capsys.readouterr().err
+        tyro.cli(sft.Args, args=["--pretrain", "x", "--dataset", "y", f"--{flag}", value], use_underscores=True)
+    assert named in capsys.readouterr().err.replace(" ", "")

@@ -46,12 +46,6 @@ def command_of(name, zero_stage, model, rows, folder):
     return [*launcher, str(REPO / os.environ.get(name.upper(), f"{name}.py")), *words, "--no-bf16"]
 
 
-def start(command, log):
-    """Runs the command and kills it, with all that it started, when the caller says so."""
-    with open(log, "a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file)
-
-
 def kill_tree(process):
     """SIGKILL to a process, which starts nothing more meanwhile, and all below it."""
     root = psutil.Process(process.pid)
@@ -74,20 +68,21 @@ def result(folder):
 @pytest.mark.parametrize("name, zero_stage", [("sft", 3), ("dpo", 2), ("kto", 3), ("kd", 2)])
 def test_killed_at_random_moments(name, zero_stage, tiny, rows_files, tmp_path):
     """From the encoding of the rows to the move of the model into place."""
-    rng, whole, folder, story = random.Random(), tmp_path / "whole", tmp_path / "run", []
-    log = tmp_path / "log"
-    began = time.time()
-    command = command_of(name, zero_stage, tiny, rows_files[name], whole)
-    assert start(command, log).wait(600) == 0, log.read_text()[-3000:]
+
+    def start(folder):
+        command = command_of(name, zero_stage, tiny, rows_files[name], tmp_path / folder)
+        with open(tmp_path / "log", "a") as file:
+            return subprocess.Popen(command, stdout=file, stderr=file)
+
+    began, story = time.time(), []
+    assert start("whole").wait(600) == 0, (tmp_path / "log").read_text()[-3000:]
     seconds = time.time() - began
-    command = command_of(name, zero_stage, tiny, rows_files[name], folder)
     for _ in range(KILLS):
-        process = start(command, log)
-        # Half of a run is imports; later kills find less left to do.
-        story.append(rng.uniform(0.3 * seconds, seconds))
+        process = start("run")
+        story.append(random.uniform(0.3 * seconds, seconds))  # the first third is imports
         try:
             process.wait(story[-1])
         except subprocess.TimeoutExpired:
             kill_tree(process)
-    assert start(command, log).wait(600) == 0, (story, log.read_text()[-3000:])
-    assert result(folder) == result(whole), story
+    assert start("run").wait(600) == 0, (story, (tmp_path / "log").read_text()[-3000:])
+    assert result(tmp_path / "run") == result(tmp_path / "whole"), story

@@ -6,6 +6,7 @@ tests a copy.
 
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -32,12 +34,12 @@ sft = load_script("sft")
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = {"bf16": False, "train_batch_size": 24, "learning_rate": 1e-3, "lr_scheduler": "constant"}
 SETTINGS |= {"lr_warmup_ratio": 0.0, "max_len": 100}
+MyArgs = dataclasses.make_dataclass("MyArgs", [("my_beta", float, 0.1)], bases=(sft.Args,))  # of a copy
 SPLITS = {
     "micro8": {},
     "micro1": {"micro_train_batch_size": 1},
     "packing": {"micro_train_batch_size": 3, "packing_samples": True},
     "zero0": {"zero_stage": 0},
-    "zero1": {"zero_stage": 1},
     "zero3": {"zero_stage": 3},
     "checkpointing": {"gradient_checkpointing": True},
     "zero3-checkpointing": {"zero_stage": 3, "gradient_checkpointing": True, "micro_train_batch_size": 2},
@@ -59,13 +61,10 @@ def caches(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quick_and_clean(monkeypatch):
+def quick_and_clean():
     """One thread, as more only cost with this model; setup()'s environment variables end with the test."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with mock.patch.dict(os.environ), mock.patch("os.sched_getaffinity", lambda pid: {0}):
+        yield
 
 
 @pytest.fixture
@@ -132,12 +131,12 @@ def example_of(ids, n_prompt=0):
 
 @pytest.fixture(scope="module")
 def reference(tiny, tokenizer, rows_file):
-    """Three steps of plain torch: losses, gradient norms, and the loss of the first rows after them."""
-    rows = [encode_plainly(tokenizer, json.loads(line)) for line in Path(rows_file).read_text().splitlines()]
+    """Three steps of plain torch: losses, gradient norms, and the loss of all rows before and after."""
+    rows = [encode_plainly(tokenizer, json.loads(line)) for line in open(rows_file)]
     order = sft.epoch_order(np.array([len(ids) for ids, _ in rows]), 42, 0)
     model = eager(tiny)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    result = SimpleNamespace(rows=rows, loss=[], grad_norm=[])
+    result = SimpleNamespace(rows=rows, loss=[], grad_norm=[], eval_loss=[mean_loss(model, rows).item()])
     for begin in (0, 24, 48):
         loss = mean_loss(model, [rows[i] for i in order[begin : begin + 24]])
         optimizer.zero_grad()
@@ -145,8 +144,7 @@ def reference(tiny, tokenizer, rows_file):
         result.loss.append(loss.item())
         result.grad_norm.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
-    with torch.no_grad():
-        result.final = mean_loss(model, rows[:8]).item()
+    result.eval_loss.append(mean_loss(model, rows).item())
     return result
 
 
@@ -154,7 +152,7 @@ def reference(tiny, tokenizer, rows_file):
 def two_ranks(tiny, rows_file, tmp_path_factory):
     """Folder with the results of all SPLITS on two ranks, started once."""
     out = tmp_path_factory.mktemp("two_ranks")
-    paths = {"pretrain": tiny, "dataset": rows_file}
+    paths = {"pretrain": tiny, "dataset": rows_file, "eval_dataset": rows_file, "eval_split": "train"}
     configs = [{**SETTINGS, **paths, **flags, "save_path": str(out / name)} for name, flags in SPLITS.items()]
     (out / "configs.json").write_text(json.dumps(configs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -166,17 +164,19 @@ def two_ranks(tiny, rows_file, tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", SPLITS)
-def test_a_step_equals_plain_torch(name, ranks, reference, request, run, tmp_path):
+def test_a_step_equals_plain_torch(name, ranks, reference, request, rows_file, run, tmp_path):
+    """The steps, the evaluations at step 0 and at the end, and the saved model."""
     if ranks == 1:
         out = tmp_path / "out"
-        assert run(**SPLITS[name]) == 0
+        assert run(**SPLITS[name], eval_dataset=rows_file, eval_split="train") == 0
     else:
         out = request.getfixturevalue("two_ranks") / name
-    assert metrics_of(out, "loss") == pytest.approx(reference.loss, rel=0, abs=1e-5)
-    assert metrics_of(out, "grad_norm") == pytest.approx(reference.grad_norm, rel=1e-5, abs=1e-5)
+    for metric in ("loss", "grad_norm", "eval/loss"):
+        expected = getattr(reference, metric.replace("/", "_"))
+        assert metrics_of(out, metric) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     with torch.no_grad():
-        found = mean_loss(eager(out), reference.rows[:8]).item()
-    assert found == pytest.approx(reference.final, rel=0, abs=1e-5)
+        found = mean_loss(eager(out), reference.rows).item()
+    assert found == pytest.approx(reference.eval_loss[1], rel=0, abs=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
@@ -199,18 +199,6 @@ def test_bf16_has_fp32_master_weights(zero_stage, tiny, run, tmp_path, monkeypat
     # 0.73e-7 if the optimiser took a hidden step at its start: its bias correction would be one ahead
     assert moves.median().item() == pytest.approx(1e-7, rel=0.02)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-
-
-def test_evaluation_is_the_loss_of_the_held_out_rows(tiny, tokenizer, run, tmp_path):
-    """At step 0 and at the end of each epoch."""
-    held_out = make_rows(11, seed=3)
-    path = write_rows(tmp_path / "held_out.jsonl", held_out)
-    assert run(eval_dataset=path, eval_split="train", micro_train_batch_size=2) == 0
-    for step, folder in ((0, tiny), (-1, tmp_path / "out")):
-        with torch.no_grad():
-            expected = mean_loss(eager(folder), [encode_plainly(tokenizer, row) for row in held_out]).item()
-        assert metrics_of(tmp_path / "out", "eval/loss")[step] == pytest.approx(expected, rel=0, abs=1e-5)
-    assert len(metrics_of(tmp_path / "out", "eval/loss")) == 2
 
 
 # --- log-probabilities, the split of a step, the learning rate
@@ -254,29 +242,23 @@ def test_chunks_of_the_head_have_no_effect(logps_model, monkeypatch):
     assert torch.allclose(*logps, rtol=0, atol=1e-5) and torch.allclose(*grads, rtol=1e-4, atol=1e-4)
 
 
+SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
 @settings(max_examples=100, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
-    world_size=st.integers(1, 5),
-    max_examples=st.integers(1, 8),
-    max_tokens=st.none() | st.integers(50, 200),
-)
-def test_split_step_uses_every_example_once(lengths, world_size, max_examples, max_tokens):
-    ranks = []
+@given(SIZES, st.integers(1, 5), st.integers(1, 8), st.booleans())
+def test_split_step_uses_every_example_once(lengths, world_size, max_examples, packing):
+    ranks, max_tokens = [], 20 * max_examples + 50 if packing else None
     for rank in range(world_size):
         with mock.patch.multiple(sft.dist, get_rank=lambda r=rank: r, get_world_size=lambda: world_size):
             ranks.append(sft.split_step(lengths, max_examples, max_tokens))
     assert len({len(passes) for passes in ranks}) == 1
     passes = [members for passes in ranks for members in passes]
     assert sorted(i for members in passes for i in members) == list(range(len(lengths)))
-    for members in passes:
-        fits = (
-            len(members) <= max_examples
-            if max_tokens is None
-            else sum(lengths[i] for i in members) <= max_tokens
-        )
-        assert fits
-    if max_tokens is None:
+    if packing:
+        assert max(sum(lengths[i] for i in members) for members in passes) <= max_tokens
+    else:
+        assert max(map(len, passes)) <= max_examples
         assert len(ranks[0]) == math.ceil(len(lengths) / max_examples / world_size)
 
 
@@ -300,11 +282,6 @@ def test_learning_rate_by_hand(tiny, monkeypatch):
     assert rates("cosine_with_min_lr") == pytest.approx([1.0, 2.0, *(0.2 + 0.9 * c for c in cosine)])
 
 
-def test_max_steps_ends_the_schedule_too(run, tmp_path):
-    assert run(lr_scheduler="linear", train_batch_size=7, max_steps=4) == 0
-    assert metrics_of(tmp_path / "out", "lr") == pytest.approx([1e-3 * x for x in (0.8, 0.6, 0.4, 0.2)])
-
-
 def test_the_longest_example_is_first():
     lengths = np.array([3, 1, 9, 4, 9])
     for seed in range(5):
@@ -325,15 +302,15 @@ FIRST = "<|user|>red?<eos>\n<|assistant|>"
 PROMPT = FIRST + "river<eos>\n<|user|>old?<eos>\n<|assistant|>"
 SHAREGPT = [{"from": {"user": "human"}.get(m["role"], "gpt"), "value": m["content"]} for m in CHAT]
 # An earlier answer loses what stands before "/", as reasoning models lose their thoughts.
-FORGETS = CHAT_TEMPLATE.replace(
-    "m['content']", "(m['content'] if loop.last else m['content'].split('/')[-1])"
-)
+LAST_OR_SHORT = "(m['content'] if loop.last else m['content'].split('/')[-1])"
+FORGETS = {"tokenizer_chat_template": CHAT_TEMPLATE.replace("m['content']", LAST_OR_SHORT)}
 THINKING = [CHAT[0], {"role": "assistant", "content": "well/river"}, *CHAT[2:]]
 SYSTEM = {"role": "system", "content": "be old"}
-NO_END = CHAT_TEMPLATE.replace(" + eos_token", "")
-OTHER_END = CHAT_TEMPLATE.replace("eos_token", "'<pad>'")  # special, but not EOS
+NO_END = {"tokenizer_chat_template": CHAT_TEMPLATE.replace(" + eos_token", "")}
+PAD_ENDS = {"tokenizer_chat_template": CHAT_TEMPLATE.replace("eos_token", "'<pad>'")}
 QA = {"input": "red", "output": " old"}
 SAMPLED = {"input": PROMPT, "output": "old", "finish_reason": "stop"}
+CHAT_FLAG = {"apply_chat_template": True}
 
 ROWS = {  # name: (row, flags, prompt, trained stretches)
     "text": (QA, {}, "red", [" old<eos>"]),
@@ -348,54 +325,38 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "a turn behind the last answer": ({"messages": [*CHAT, CHAT[0]]}, {}, PROMPT, ["walls<eos>"]),
     "system": ({"messages": [SYSTEM, *CHAT[:2]]}, {}, f"<|system|>be old<eos>\n{FIRST}", ["river<eos>"]),
     "empty system": ({"messages": [SYSTEM | {"content": ""}, *CHAT[:2]]}, {}, f"<|system|><eos>\n{FIRST}", ["river<eos>"]),
-    "text in the chat template": ({"input": "red?", "output": "river"}, {"apply_chat_template": True}, FIRST, ["river<eos>"]),
+    "text in the chat template": (QA | {"input": "red?"}, CHAT_FLAG, FIRST, [" old<eos>"]),
     "two columns of messages": ({"prompt": CHAT[:3], "completion": CHAT[3:]}, {}, PROMPT, ["walls<eos>"]),
     "text and messages": ({"prompt": "red?", "response": CHAT[1:2]}, {}, FIRST, ["river<eos>"]),
     "Alpaca": ({"instruction": "say", "input": "red", "output": " old"}, {}, "say\n\nred", [" old<eos>"]),
     "Alpaca without input": ({"instruction": "say", "input": "", "output": " old"}, {}, "say", [" old<eos>"]),
     "one column": ({"text": "the red river"}, {}, "the", [" red river<eos>"]),
     "pretrain_mode": (QA | {"x": "the red"}, {"pretrain_mode": True, "input_key": "x"}, "the", [" red<eos>"]),
-    "thoughts of earlier turns": ({"messages": THINKING}, {"tokenizer_chat_template": FORGETS}, PROMPT, ["walls<eos>"]),
-    "a turn ends in another token": (
-        {"messages": CHAT}, {"tokenizer_chat_template": OTHER_END}, PROMPT.replace("<eos>", "<pad>"), ["walls<pad>"],
-    ),
-    "a template without an end": (
-        {"messages": CHAT}, {"tokenizer_chat_template": NO_END}, PROMPT.replace("<eos>", ""), ["walls<eos>"],
-    ),
+    "thoughts of earlier turns": ({"messages": THINKING}, FORGETS, PROMPT, ["walls<eos>"]),
+    "a turn ends in another token": ({"messages": CHAT}, PAD_ENDS, PROMPT.replace("<eos>", "<pad>"), ["walls<pad>"]),
+    "no end in the template": ({"messages": CHAT}, NO_END, PROMPT.replace("<eos>", ""), ["walls<eos>"]),
     "sampled": (SAMPLED, {"apply_chat_template": True, "input_template": "Q {}"}, PROMPT, ["old<eos>"]),
     "sampled, cut": (SAMPLED | {"finish_reason": "length"}, {}, PROMPT, ["old"]),
     "sampled from messages": (SAMPLED | {"messages": CHAT[:3]}, {}, PROMPT, ["old<eos>"]),
     "cut by max_len": (QA | {"output": " old" * 20}, {"max_len": 10}, "red", [" old" * 9]),
     "EOS in the text": (QA | {"output": " old<eos>"}, {}, "red", [" old<eos>"]),
+    # of the tokenizer with BOS
+    "BOS": (QA, {}, "<bos>red", [" old<eos>"]),
+    "BOS in the text": (QA | {"input": "<bos>red"}, {}, "<bos>red", [" old<eos>"]),
+    "BOS in the template": ({"messages": CHAT[:2]}, {}, f"<bos>{FIRST}", ["river<eos>"]),
+    "BOS, one column": ({"text": "red old"}, {}, "<bos>", ["red old<eos>"]),
+    "BOS, sampled": (SAMPLED | {"input": "<bos>red", "finish_reason": "length"}, {}, "<bos>red", ["old"]),
 }  # fmt: skip
 
 
 def encode(row, folder, **flags):
-    """(text before the first trained token, [text of each trained stretch], ids, console sample) of a row."""
+    """(text before the first trained token, [text of each trained stretch], ids) of a row."""
     args = make_args(pretrain=folder, **flags)
     tokenizer = sft.load_tokenizer(folder, args)
-    example = sft.encode_row(row, tokenizer, args)
-    ids, trained = example["input_ids"], example["trained"]
+    ids, trained = sft.encode_row(row, tokenizer, args).values()
     edges = np.flatnonzero(np.diff(trained.astype(int), append=0, prepend=0)).reshape(-1, 2)
     texts = [tokenizer.decode(ids[begin:end]) for begin, end in edges]
-    return (
-        tokenizer.decode(ids[: edges[0][0]]),
-        texts,
-        ids.tolist(),
-        sft.mark_trained(ids, trained, tokenizer),
-    )
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows(name, tiny):
-    row, flags, prompt, trained = ROWS[name]
-    assert encode(row, tiny, **flags)[:2] == (prompt, trained)
-
-
-def test_prompt_ids_are_those_of_generation(tiny, tokenizer):
-    prompt = tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
-    answer = tokenizer("walls")["input_ids"] + [tokenizer.eos_token_id]
-    assert encode({"messages": CHAT}, tiny)[2] == prompt + answer
+    return tokenizer.decode(ids[: edges[0][0]]), texts, ids.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -405,27 +366,22 @@ def with_bos(tmp_path_factory):
 
     tokenizer = make_tokenizer(chat_template="{{ '<bos>' }}" + CHAT_TEMPLATE)
     ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
-    both = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
-    tokenizer.backend_tokenizer.post_processor = both
+    frame = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = frame
     tokenizer.bos_token = "<bos>"
-    folder = make_model(tmp_path_factory.mktemp("bos") / "bos", tokenizer)
-    assert AutoTokenizer.from_pretrained(folder).encode("red")[0] == ids[0][1]
-    return folder
+    return make_model(tmp_path_factory.mktemp("bos") / "bos", tokenizer)
 
 
-BOS_ROWS = [
-    (QA, {}, "<bos>red", [" old<eos>"]),
-    (QA | {"input": "<bos>red"}, {}, "<bos>red", [" old<eos>"]),
-    ({"messages": CHAT[:2]}, {}, f"<bos>{FIRST}", ["river<eos>"]),
-    ({"text": "red old"}, {}, "<bos>", ["red old<eos>"]),
-    (QA | {"input": "<bos>red", "finish_reason": "length"}, {}, "<bos>red", [" old"]),
-    (QA | {"output": " old" * 20}, {"max_len": 10}, "<bos>red", [" old" * 8]),
-]
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name, tiny, with_bos):
+    row, flags, prompt, trained = ROWS[name]
+    assert encode(row, with_bos if name.startswith("BOS") else tiny, **flags)[:2] == (prompt, trained)
 
 
-@pytest.mark.parametrize("row, flags, prompt, trained", BOS_ROWS)
-def test_bos_and_eos_once(row, flags, prompt, trained, with_bos):
-    assert encode(row, with_bos, **flags)[:2] == (prompt, trained)
+def test_prompt_ids_are_those_of_generation(tiny, tokenizer):
+    prompt = tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
+    answer = tokenizer("walls")["input_ids"] + [tokenizer.eos_token_id]
+    assert encode({"messages": CHAT}, tiny)[2] == prompt + answer
 
 
 def test_blanks_of_sentencepiece():
@@ -444,208 +400,195 @@ def test_blanks_of_sentencepiece():
 # --- the table of examples
 
 
-def examples_of(names, tokenizer, folder, probs=None, **flags):
-    """The table that main() makes of a comma list of datasets."""
-    args = make_args(pretrain=folder, dataset=names, **flags)
-    return sft.load_examples(names, probs, args.dataset_split, tokenizer, args)
+@pytest.fixture
+def examples_of(tiny, tokenizer):
+    """examples_of(names, **flags): the table that main() makes of a comma list of datasets."""
+
+    def call(names, **flags):
+        args = make_args(pretrain=tiny, **flags)
+        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, tokenizer, args)
+
+    return call
 
 
-def test_dataset_probs(tiny, tokenizer, tmp_path):
+def test_dataset_probs(examples_of, tmp_path):
     """Shares of an epoch that has as many rows as the datasets together."""
-    rows = {x: [{"input": x, "output": str(i)} for i in range(4)] for x in "ab"}
-    names = ",".join(write_rows(tmp_path / f"{x}.jsonl", rows[x]) for x in "ab")
-    for flags, expected in (
-        ({"probs": "0.75,0.25"}, "a1 a2 a3 a4 a1 a2 b1 b2"),
-        ({}, "a1 a2 a3 a4 b1 b2 b3 b4"),
-        ({"max_samples": 2}, "a1 a2 b1 b2"),
-    ):
-        where = [Path(name).name for name in examples_of(names, tokenizer, tiny, **flags)["where"]]
-        assert " ".join(where).replace(".jsonl:", "") == expected
+    names = ",".join(write_rows(tmp_path / f"{x}.jsonl", make_rows(4)) for x in "ab")
+    expected = {None: "a1 a2 a3 a4 b1 b2 b3 b4", "0.75,0.25": "a1 a2 a3 a4 a1 a2 b1 b2"}
+    for probs, order in expected.items():
+        where = [Path(row).name for row in examples_of(names, dataset_probs=probs)["where"]]
+        assert " ".join(where).replace(".jsonl:", "") == order
+    assert len(examples_of(names, max_samples=3)) == 6
 
 
-def test_formats(tiny, tokenizer, tmp_path):
+def test_formats(examples_of, tmp_path):
     """Files and folders of all kinds give the same examples; in JSON the datasets library would see dates."""
-    import datasets
-
     rows = [row | {"input": "2026-01-01"} for row in make_rows(5)]
     table = datasets.Dataset.from_list(rows)
     (tmp_path / "folder").mkdir()
     write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
     table.to_csv(tmp_path / "rows.csv")
-    for name in ("rows.parquet", "folder/train.parquet"):
-        table.to_parquet(tmp_path / name)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_parquet(tmp_path / "folder/train.parquet")
     table.save_to_disk(tmp_path / "disk")
-    datasets.DatasetDict(train=table.select([0]), test=table).save_to_disk(tmp_path / "dict")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "parts")
     (arrow,) = (tmp_path / "disk").glob("*.arrow")
-    names = ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "folder", "disk", f"disk/{arrow.name}"]
-    found = [examples_of(str(tmp_path / name), tokenizer, tiny) for name in names]
-    found.append(examples_of(str(tmp_path / "dict"), tokenizer, tiny, dataset_split="test"))
-    for table in found:
-        assert table["input_ids"][:] == found[0]["input_ids"][:] and len(table) == 5
+    names = f"rows.jsonl rows.json rows.csv rows.parquet folder disk disk/{arrow.name} parts".split()
+    found = [examples_of(tmp_path / name)["input_ids"][:] for name in names]
+    assert len(found[0]) == 5 and all(ids == found[0] for ids in found)
+    assert examples_of(tmp_path / "parts", dataset_split="test")["input_ids"][:] == found[0][:1]
 
 
-def edited(monkeypatch, tmp_path, old, new):
-    """From now on sft.py has another text."""
+def edit(patch, old, tmp_path):
+    """From now on the script is a copy that lacks this text."""
     text = Path(sft.__file__).read_text()
     assert text.count(old) == 1
-    copied = tmp_path / "edited.py"
-    copied.write_text(text.replace(old, new))
-    monkeypatch.setattr(sft, "__file__", str(copied))
+    (tmp_path / "edited.py").write_text(text.replace(old, ""))
+    patch.setattr(sft, "__file__", str(tmp_path / "edited.py"))
 
 
-def test_rows_are_encoded_once(tiny, tokenizer, tmp_path, monkeypatch):
+def test_rows_are_encoded_once(examples_of, tmp_path, monkeypatch):
     """Found again until the rows, a data flag or the code that encodes change; an edited loss changes nothing."""
     path = write_rows(tmp_path / "rows.jsonl", make_rows(5))
 
     def encodes(**flags):
         with mock.patch.object(sft, "encode_row", wraps=sft.encode_row) as spy:
-            n = len(examples_of(path, tokenizer, tiny, **flags))
+            n = len(examples_of(path, **flags))
         assert spy.call_count in (0, n)
         return spy.called
 
     assert encodes() and not encodes()
-    edited(monkeypatch, tmp_path, "return -per_token_logps.sum() / n_tokens", "return per_token_logps.sum()")
+    edit(monkeypatch, "return -per_token_logps.sum() / n_tokens", tmp_path)
     assert not encodes(learning_rate=1.0, num_proc=2)
     assert encodes(max_len=50) and not encodes(max_len=50)
-    edited(monkeypatch, tmp_path, 'raise ValueError("nothing to train")', "pass")
+    edit(monkeypatch, 'raise ValueError("nothing to train")', tmp_path)
     assert encodes() and not encodes()
     write_rows(path, make_rows(6))
     assert encodes() and not encodes()
 
 
-def test_number_of_processes_has_no_effect(tiny, tokenizer, tmp_path):
+def test_number_of_processes_has_no_effect(examples_of, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", make_rows(2100))
-    one, two = (
-        examples_of(path, tokenizer, tiny, num_proc=n, cache_dir=str(tmp_path / f"cache{n}")) for n in (1, 2)
-    )
-    assert len(one) > 2000 and one.data.equals(two.data)
+    one, two = (examples_of(path, num_proc=n, cache_dir=f"{tmp_path}/{n}").data for n in (1, 2))
+    assert len(one) > 2000 and one.equals(two)
 
 
-def test_reasons_are_counted(tiny, tokenizer, tmp_path, capsys):
+def test_reasons_are_counted(examples_of, tmp_path, capsys):
     """Up to --max_drop_ratio of the rows may be unusable."""
-    rows = [
-        *make_rows(46),
-        {"input": "red " * 200, "output": "old"},
-        QA | {"output": ""},
-        QA | {"output": " "},
-    ]
+    rows = [*make_rows(46), QA | {"input": "red " * 200}, QA | {"output": ""}, QA | {"output": " "}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with open(path, "a") as file:
         file.write('{"input": "the writer was killed he')
-    assert len(examples_of(path, tokenizer, tiny, max_drop_ratio=0.1)) == 46
+    assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
     assert f"dropped 2 of 50 rows: empty response; the first: {path}:48" in said
     assert f"dropped 1 of 50 rows: prompt >= max_len; the first: {path}:47" in said
     assert f"the first: {path}:50" in said and said.count("\n") == 3
     with pytest.raises(SystemExit, match="2"):
-        examples_of(path, tokenizer, tiny, max_drop_ratio=0.05)
+        examples_of(path, max_drop_ratio=0.05)
     assert "4 of 50 rows cannot be used (--max_drop_ratio 0.05)" in capsys.readouterr().err
 
 
 # --- saving
 
 
-@pytest.mark.parametrize(
-    "flags", [{}, {"zero_stage": 3}, {"lora_rank": 4}, {"lora_rank": 4, "zero_stage": 3}], ids=str
-)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_saved_model_is_the_trained_one(flags, tied, tokenizer, run, tmp_path, monkeypatch):
+def make_gpt2(folder, tokenizer):
+    """GPT-2 holds its weights transposed; a temperature without do_sample is refused by save_pretrained."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 512, "initializer_range": 0.1}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.9}')
+
+
+UNTIED = functools.partial(make_model, tie_word_embeddings=False)
+MAKERS = {"tied": make_model, "untied": UNTIED, "GPT-2": make_gpt2}
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_saved_model_is_the_trained_one(kind, zero_stage, lora_rank, tokenizer, run, tmp_path, monkeypatch):
     """Same log-probs as the engine had; LoRA merged as PEFT does it; the files of a Hugging Face folder."""
-    pretrain = make_model(tmp_path / "start", tokenizer, tie_word_embeddings=tied)
-    out, trained, save_model = tmp_path / "out", SimpleNamespace(merged={}), sft.save_model
-    pack = sft.pack_rows([example_of(range(60), 30)], "cpu")
+    start, out, save_model = tmp_path / "start", tmp_path / "out", sft.save_model
+    MAKERS[kind](start, tokenizer)
+    pack, trained = sft.pack_rows([example_of(range(60), 30)], "cpu"), SimpleNamespace(merged={})
 
     def spy(engine, *rest):
         engine.eval()
         with torch.no_grad():
             trained.logps = engine(pack)
-        if flags == {"lora_rank": 4}:
+        if lora_rank and zero_stage < 3:
             trained.merged = copy.deepcopy(engine.module.model).merge_and_unload().state_dict()
         save_model(engine, *rest)
 
     monkeypatch.setattr(sft, "save_model", spy)
-    assert run(pretrain=pretrain, max_steps=2, **flags) == 0
-    model, start = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (out, pretrain))
+    assert run(pretrain=str(start), max_steps=2, zero_stage=zero_stage, lora_rank=lora_rank) == 0
+    model, before = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (out, start))
     logps = model(input_ids=pack["input_ids"]).logits[0, 29:59].log_softmax(-1)
     assert torch.allclose(logps.gather(1, pack["targets"][:, None])[:, 0], trained.logps, rtol=0, atol=1e-5)
-    weights, start = model.state_dict(), start.state_dict()
-    assert model.dtype == torch.float32 and weights.keys() == start.keys()
-    assert not torch.equal(*(x["model.layers.0.mlp.up_proj.weight"] for x in (weights, start)))
+    weights, before = model.state_dict(), before.state_dict()
+    assert model.dtype == torch.float32 and weights.keys() == before.keys()
+    matrices = [name for name in before if "mlp" in name and before[name].dim() == 2]
+    assert matrices and not any(torch.equal(weights[name], before[name]) for name in matrices)
     for name, value in trained.merged.items():
         assert torch.allclose(weights[name], value, rtol=0, atol=1e-6), name
     files = {path.name for path in out.iterdir()}
     assert files >= {"config.json", "generation_config.json", "tokenizer.json", "args.json", "metrics.jsonl"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "start"]
     assert AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
-    assert json.loads((out / "args.json").read_text())["learning_rate"] == 1e-3
-
-
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_gpt2_and_sampling_settings_are_saved(lora_rank, tokenizer, rows_file, run, tmp_path):
-    """GPT-2 holds its weights transposed; a temperature without do_sample is refused by save_pretrained."""
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128, "vocab_size": 512}
-    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1, initializer_range=0.1)
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    tokenizer.save_pretrained(tmp_path / "gpt2")
-    (tmp_path / "gpt2/generation_config.json").write_text('{"eos_token_id": 1, "temperature": 0.9}')
-    flags = {"learning_rate": 0.05, "max_norm": 0, "eval_dataset": rows_file, "eval_split": "train"}
-    assert run(pretrain=str(tmp_path / "gpt2"), lora_rank=lora_rank, **flags) == 0
-    before, after = metrics_of(tmp_path / "out", "eval/loss")
-    with torch.no_grad():
-        rows = [encode_plainly(tokenizer, json.loads(line)) for line in open(rows_file)]
-        assert mean_loss(eager(tmp_path / "out"), rows).item() == pytest.approx(after, abs=1e-4)
-    assert before - after > 0.1
+    assert json.loads((out / "args.json").read_text())["max_steps"] == 2
 
 
 def test_no_dropout_is_left(tmp_path):
     """OPT and others call F.dropout with a number of their own."""
     sizes = {
         "hidden_size": 32,
+        "word_embed_proj_dim": 32,
         "ffn_dim": 48,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
         "vocab_size": 90,
     }
-    config = transformers.OPTConfig(**sizes, word_embed_proj_dim=32, dropout=0.5, layerdrop=0.5)
+    config = transformers.OPTConfig(**sizes, num_attention_heads=2, dropout=0.5, layerdrop=0.5)
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
     model = sft.LogProbs(sft.load_model(str(tmp_path / "opt"), make_args())).train()
-    pack = sft.pack_rows([example_of([5, 6, 7, 8, 9])], "cpu")
-    with torch.no_grad():
-        assert len({model(pack).sum().item() for _ in range(5)}) == 1
+    assert len({model(sft.pack_rows([example_of([5, 6, 7])], "cpu")).sum().item() for _ in range(5)}) == 1
 
 
 # --- runs: what is done is not done again, what is another run never touches it
 
 
-def other_value(value):
-    """Another value of the same type."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, (str, type(None))):
-        return f"{value}{{}}"
-    return (0.5, 0.5) if isinstance(value, tuple) else value + 1
-
-
 def test_every_other_flag_belongs_to_the_identity(tmp_path, monkeypatch):
+    """A copy's own flags as well, and the number of ranks."""
     monkeypatch.setenv("WORLD_SIZE", "1")
-    args = make_args()
-    identity = sft.identify(args, {})
-    sft.write_record(tmp_path, identity)
-    assert sft.difference(tmp_path, identity) == ""
-    for field in dataclasses.fields(args):
-        value = other_value(getattr(args, field.name))
-        changed = sft.difference(tmp_path, sft.identify(dataclasses.replace(args, **{field.name: value}), {}))
-        assert changed.startswith(f"{field.name} changed. ") != (field.name in sft.FREE_FLAGS), field.name
+    args = MyArgs(pretrain="", dataset="")
+    sft.write_record(tmp_path, sft.identify(args, {}))
+    for name in dataclasses.asdict(args):
+        with monkeypatch.context() as patch:
+            patch.setattr(args, name, "other")
+            changed = sft.difference(tmp_path, sft.identify(args, {}))
+        assert changed.startswith(f"{name} changed. ") != (name in sft.FREE_FLAGS), name
+    assert sft.difference(tmp_path, sft.identify(args, {})) == ""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sft.difference(tmp_path, sft.identify(args, {})).startswith("ranks changed. ")
 
 
-@dataclasses.dataclass
-class MyArgs(sft.Args):
-    """Args of a copy with a flag of its own."""
+def die_at_move(n, folder, patch):
+    """From now on the process is as good as dead before its n-th rename or removal under folder."""
+    left = itertools.count(n - 1, -1)
 
-    my_beta: float = 0.1
+    def dying(real):
+        def move(path, *args, **options):
+            ours = "dir_fd" in options or str(path).startswith(str(folder))  # dir_fd: shutil.rmtree
+            if ours and next(left) <= 0:
+                raise Killed
+            return real(path, *args, **options)
+
+        return move
+
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        patch.setattr(os, name, dying(getattr(os, name)))
 
 
 def snapshot(folder):
@@ -657,11 +600,10 @@ def test_another_run_is_named(complete, tiny, run, tmp_path, monkeypatch, capsys
     """Neither a finished model nor a checkpoint of another command, script or input is taken for one's own."""
     rows, model = write_rows(tmp_path / "rows.jsonl", make_rows(9)), shutil.copytree(tiny, tmp_path / "model")
     flags = {"dataset": rows, "pretrain": str(model), "train_batch_size": 4, "save_steps": 1}
-    if not complete:
-        kill_at(3, monkeypatch)
-    assert run(MyArgs, **flags) == (0 if complete else "killed")
-    kill_at(None, monkeypatch)
-    folder = tmp_path / ("out" if complete else "out.ckpt/step_2")
+    with monkeypatch.context() as patch:
+        die_at_move(99 if complete else 3, tmp_path, patch)
+        assert run(MyArgs, **flags) == (0 if complete else "killed")
+    folder = tmp_path / ("out" if complete else "out.ckpt/step_1")
     before = snapshot(folder)
 
     def changes(**changed):
@@ -674,13 +616,11 @@ def test_another_run_is_named(complete, tiny, run, tmp_path, monkeypatch, capsys
     if complete:
         assert run(MyArgs, **flags, logging_steps=5) == 0  # decides nothing
         assert "nothing to do" in capsys.readouterr().out and snapshot(folder) == before
-    assert changes(learning_rate=2e-3, max_epochs=2) == "learning_rate, max_epochs"
-    assert changes(my_beta=0.2) == "my_beta"
+    assert changes(learning_rate=2e-3, my_beta=0.2) == "learning_rate, my_beta"
     with monkeypatch.context() as patch:
-        edited(patch, tmp_path, "return -per_token_logps.sum() / n_tokens", "return per_token_logps.sum()")
+        edit(patch, "return -per_token_logps.sum() / n_tokens", tmp_path)
         assert changes() == "script"
     os.utime(rows, (1, 1))
-    assert changes() == "files of dataset"
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     assert changes() == "files of pretrain, files of dataset"
 
@@ -714,92 +654,50 @@ def test_in_place(in_place, run, tmp_path, capsys):
     assert run(dataset=rows, pretrain=out["save_path"], **out) == 0 and weights_of(tmp_path / "out") != once
 
 
-def die_at_move(n, folder, monkeypatch):
-    """From now on the process is as good as dead before its n-th rename or removal under folder."""
-    left = itertools.count(n - 1, -1)
-
-    def dying(real):
-        def move(path, *args, **options):
-            ours = "dir_fd" in options or str(path).startswith(str(folder))  # dir_fd: shutil.rmtree
-            if ours and next(left) <= 0:
-                raise Killed
-            return real(path, *args, **options)
-
-        return move
-
-    for name in ("rename", "replace", "unlink", "rmdir"):
-        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+RESUMED = [  # (in place?, flags)
+    (True, {"lora_rank": 4, "lora_dropout": 0.2, "lr_scheduler": "linear"}),
+    (False, {"zero_stage": 0}),
+    pytest.param(
+        False, {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True}, marks=pytest.mark.slow
+    ),
+    pytest.param(True, {"zero_stage": 3}, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("place", ["elsewhere", "in place"])
-def test_killed_at_every_move(place, in_place, run, tmp_path, monkeypatch, capsys):
-    """The same command ends with the same bytes, whichever rename or removal was the last one."""
-    rows = write_rows(tmp_path / "rows.jsonl", make_rows(5))
-    flags = {"dataset": rows, "train_batch_size": 2, "save_steps": 1, "max_ckpt_num": 1}
+@pytest.mark.parametrize("place, flags", RESUMED)
+def test_killed_at_every_move(place, flags, in_place, run, tmp_path, monkeypatch, capsys):
+    """Whichever rename or removal was the last one, the same command resumes and ends with the same bytes."""
+    rows, whole = write_rows(tmp_path / "rows.jsonl", make_rows(5)), tmp_path / "whole"
+    flags = {
+        "dataset": rows,
+        "train_batch_size": 2,
+        "max_epochs": 2,
+        "max_steps": 4,
+        "max_ckpt_num": 1,
+        **flags,
+    }
     flags["pretrain"] = str(shutil.copytree(in_place["pretrain"], tmp_path / "start"))
-    assert run(**flags, save_path=str(tmp_path / "whole")) == 0
+    assert run(**flags, save_path=str(whole)) == 0
     for n in itertools.count(1):
         home = tmp_path / f"run{n}"
-        flags["save_path"] = str(home / "out")
-        if place == "in place":
+        flags |= {"save_path": str(home / "out"), "save_steps": 1}
+        if place:
             flags["pretrain"] = str(shutil.copytree(tmp_path / "start", home / "out"))
         with monkeypatch.context() as patch:
             die_at_move(n, home, patch)
             code = run(**flags)
         if code == 0:
             break
+        transformers.set_seed(n)  # of another process
         assert code == "killed" and run(**flags) == 0
-        assert weights_of(home / "out") == weights_of(tmp_path / "whole")
-        assert metrics_of(home / "out", "step") == [1, 2, 3]
+        assert weights_of(home / "out") == weights_of(whole)
+        for name in ("step", "loss", "grad_norm", "lr"):
+            assert metrics_of(home / "out", name) == metrics_of(whole, name)
         assert [path.name for path in home.iterdir()] == ["out"]
-        assert place == "elsewhere" or (home / "out/rm.jsonl").exists()
-    assert n > (8 if place == "elsewhere" else 16)
-
-
-# --- resuming
-
-
-def kill_at(step, monkeypatch):
-    """From now on, a run dies at the end of that step, when its metrics are logged; None: no more."""
-    console_line = kill_at.real = getattr(kill_at, "real", sft.console_line)
-
-    def dying(at, *rest):
-        if at == step:
-            raise Killed
-        return console_line(at, *rest)
-
-    monkeypatch.setattr(sft, "console_line", dying)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"zero_stage": 2, "lora_rank": 4, "lora_dropout": 0.2},
-        pytest.param({"zero_stage": 0}, marks=pytest.mark.slow),
-        pytest.param({"zero_stage": 3, "bf16": True, "gradient_checkpointing": True}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_resumed_is_bit_identical(flags, run, tmp_path, monkeypatch, capsys):
-    """Killed in the steps 3 and 5 of 6, of two epochs; the newest checkpoints are kept, none at the end."""
-    flags = {"train_batch_size": 17, "lr_scheduler": "cosine", "max_epochs": 2, **flags}
-    assert run(save_path=str(tmp_path / "whole"), **flags) == 0
-    flags |= {"save_steps": 1, "max_ckpt_num": 1}
-    for step in (3, 5):
-        kill_at(step, monkeypatch)
-        assert run(**flags) == "killed"
-        transformers.set_seed(step)  # of another process
-        assert [path.name for path in (tmp_path / "out.ckpt").glob("step_*")] == [f"step_{step - 1}"]
-    kill_at(None, monkeypatch)
-    with open(tmp_path / "out.partial/metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')
-    capsys.readouterr()
-    assert run(**flags) == 0
-    assert f"resume {tmp_path}/out.ckpt/step_4" in capsys.readouterr().out
-    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
-    for name in ("step", "loss", "grad_norm", "lr"):
-        assert metrics_of(tmp_path / "out", name) == metrics_of(tmp_path / "whole", name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    said = capsys.readouterr().out
+    assert n > 12 and said.count("resume ") > 5 and said.count("nothing to do") > 1
+    if place:  # --max_steps ends the schedule too
+        assert metrics_of(whole, "lr") == pytest.approx([1e-3 * i / 5 for i in (4, 3, 2, 1)])
 
 
 def test_numbers_that_are_not_finite_stop(run, tmp_path, monkeypatch, capsys):
