@@ -1,267 +1,160 @@
 #!/usr/bin/env bash
-# Generate -> score -> train, again and again. Every stage is a process of its own; its files lie in OUT/iter_k, never
-# overwritten. The same command again continues where it stopped; a changed one stops and says what changed.
-#
-#   bash iterate.sh                                  # the toy: a tiny policy, reward model and prompts, no download
-#   POLICY_MODEL_PATH=Qwen/Qwen2.5-0.5B-Instruct RM_MODEL_PATH=./my-rm PROMPT_DATASET=prompts.jsonl NUM_GPUS=8 \
-#   GENERATE_FLAGS="--input_key prompt --apply_chat_template --dp_size 8" TRAIN_FLAGS="--zero_stage 3" bash iterate.sh
-#
-# METHOD=raft (arXiv:2304.06767): the best of n samples of each prompt become the rows that sft.py trains on.
-# METHOD=iter_dpo (arXiv:2405.07863): the best against the worst of n samples become the pairs that dpo.py trains on.
-# METHOD=distill (arXiv:2306.13649): kd.py moves the policy towards a teacher on the policy's own samples.
-# METHOD=csft: SFT rows carry their own reward in the prompt; afterwards the policy is asked for several rewards.
-# N iterations leave N + 1 measurements of the policy's own samples: iter_0 is the start policy, iter_N the last.
+# Generate -> score -> train, again and again. Every stage is one command, whose result appears in OUT/iter_k when it is
+# whole. The same command again skips what is there and goes on; with other settings it stops and says what changed.
+# Without settings it runs a toy, which needs no download; README.md has whole commands for models of your own.
 set -euo pipefail
+die() { echo "error: $*" >&2; exit 2; }
 
 # --- settings: environment variables
-: "${METHOD:=raft}"
-: "${OUT:=}"                # default: runs/METHOD; the toy: runs/toy[_METHOD]
-: "${POLICY_MODEL_PATH:=}"  # where the loop starts: a folder or a hub name
-: "${RM_MODEL_PATH:=}"      # the reward model; not needed with --reward_fn in RM_FLAGS, nor by distill
-: "${PROMPT_DATASET:=}"     # the prompts, as batch_infer.py --dataset takes them
-: "${TEACHER_MODEL_PATH:=}" # distill: the teacher
-: "${SFT_DATASET:=}"        # csft: prompts with responses, which are scored and trained on
-: "${DATA_FLAGS:=}"         # csft: more flags for batch_infer.py when it scores SFT_DATASET
-: "${CSFT_PROMPTS:=-1.5 -0.75 0 0.75 1.5}" # csft: the rewards to ask for, 0 = the mean of SFT_DATASET, in its std
-: "${REF_MODEL_PATH:=}"     # the reference of methods that have one: a model, ...
-: "${REF:=}"                # ... or init (POLICY_MODEL_PATH, the default) or prev (the policy of the iteration)
-: "${TRAINING_ITERS:=3}"
-: "${ROLLOUT_BATCH_SIZE:=2048}" # prompts per iteration: the next slice each time, wrapping around
-: "${BEST_OF_N:=4}"             # samples per prompt
-: "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
-: "${RM_FLAGS:=}"           # more flags for batch_infer.py when it scores
-: "${KL:=1}"                # 0: the report goes without KL divergences, and the models are not run for them
-: "${LOGPS_FLAGS:=}"        # more flags for batch_infer.py when it takes log-probs of samples, for the report's KL
-: "${TRAIN_FLAGS:=}"        # more flags for the trainer
-: "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --dp_size and --tp_size in GENERATE_FLAGS
-: "${DRY_RUN:=0}"           # 1: print the commands, run nothing
-: "${GENERATE_OUTPUT:=}"    # when set, these three become links to the newest samples, ...
-: "${RM_OUTPUT:=}"          # ... selected rows ...
-: "${MODEL_OUTPUT_PATH:=}"  # ... and model (a folder of links)
-
-die() { echo "error: $*" >&2; exit 2; }
-notice() { echo "notice $*" >&2; }
-
-# --- checks, all of them before the first stage
-case $METHOD in
-  raft) trainer=sft.py post_processor=rs ;;
-  iter_dpo) trainer=dpo.py post_processor=iter_dpo ;;
-  distill) trainer=kd.py post_processor= ;;
-  csft) trainer=sft.py post_processor=csft ;;
+case ${METHOD:=raft} in # what is trained, on what; in brackets the paper on arXiv
+  raft) trainer=sft.py choose=rs rows=rm.jsonl needed=RM_MODEL_PATH ;;           # the best of n samples (2304.06767)
+  iter_dpo) trainer=dpo.py choose=iter_dpo rows=rm.jsonl needed=RM_MODEL_PATH ;; # best against worst (2405.07863)
+  distill) trainer=kd.py choose=null rows=generate.jsonl needed=TEACHER_MODEL_PATH ;; # all, to a teacher (2306.13649)
+  csft) trainer=sft.py needed=RM_MODEL_PATH,SFT_DATASET ;; # SFT_DATASET, each prompt with its reward; there is no loop
   *) die "METHOD=$METHOD: choose raft, iter_dpo, distill or csft" ;;
 esac
-toy=
-if [[ -z $POLICY_MODEL_PATH$RM_MODEL_PATH$PROMPT_DATASET$TEACHER_MODEL_PATH$SFT_DATASET ]]; then
-  suffix=_$METHOD
-  toy=${OUT:=runs/toy${suffix#_raft}}/toy
-  POLICY_MODEL_PATH=$toy/policy RM_MODEL_PATH=$toy/rm PROMPT_DATASET=$toy/prompts.jsonl
-  TEACHER_MODEL_PATH=$toy/teacher SFT_DATASET=$toy/sft.jsonl
-  GENERATE_FLAGS="--input_key prompt --no-bf16 --max_new_tokens 64 --prompt_max_len 64 $GENERATE_FLAGS"
-  RM_FLAGS="--no-bf16 --max_len 160 $RM_FLAGS" LOGPS_FLAGS="--no-bf16 --max_len 160 $LOGPS_FLAGS"
-  TRAIN_FLAGS="--no-bf16 --max_len 160 --train_batch_size 32 --micro_train_batch_size 32 \
-    --learning_rate $(case $METHOD in raft) echo 1e-3 ;; csft) echo 3e-3 --max_epochs 4 ;; *) echo 2e-4 ;; esac) $TRAIN_FLAGS"
-fi
-: "${OUT:=runs/$METHOD}"
-OUT=${OUT%/}
-for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE BEST_OF_N NUM_GPUS; do
-  [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} is not a whole number above 0"
-done
-[[ $DRY_RUN$KL == [01][01] ]] || die "DRY_RUN=$DRY_RUN, KL=$KL: 0 or 1"
-needed=" POLICY_MODEL_PATH PROMPT_DATASET "
-[[ $METHOD == distill || $RM_FLAGS == *--reward_fn* ]] || needed+="RM_MODEL_PATH "
-[[ $METHOD != distill ]] || needed+="TEACHER_MODEL_PATH "
-[[ $METHOD != csft ]] || needed+="SFT_DATASET "
-for name in POLICY_MODEL_PATH RM_MODEL_PATH PROMPT_DATASET TEACHER_MODEL_PATH SFT_DATASET REF_MODEL_PATH; do
-  [[ -n ${!name} || $needed != *" $name "* ]] || die "$name is not set (the toy runs when no path is set)"
-  paths=("${!name}")
-  [[ $name != *_DATASET ]] || IFS=, read -ra paths <<<"${!name}"
-  for path in "${paths[@]}"; do # a path of ours, or OWNER/NAME on the hub (data: with an optional @FOLDER)
-    [[ -z $path || -n $toy || -e $path ]] && continue
-    [[ ${path%%@*} =~ ^[[:alnum:]][[:alnum:]_.-]*/[[:alnum:]_.-]+$ && $path != *.@(json|jsonl|csv|parquet|arrow) ]] ||
-      die "$name: $path does not exist"
+: "${OUT:=}"                # default: runs/METHOD; the toy: runs/toy or runs/toy_METHOD
+: "${POLICY_MODEL_PATH:=}"  # where the loop starts: a folder or a hub name
+: "${RM_MODEL_PATH:=}"      # the reward model; not needed with --reward_fn in RM_FLAGS, nor by distill
+: "${TEACHER_MODEL_PATH:=}" # distill: the teacher
+: "${PROMPT_DATASET:=}"     # the prompts, as batch_infer.py --dataset takes them
+: "${SFT_DATASET:=}"        # csft: prompts with responses, which are scored and trained on
+: "${CSFT_PROMPTS:=-1.5 -0.75 0 0.75 1.5}" # csft: then ask for these rewards; 0 = the mean of SFT_DATASET, in its std
+: "${REF:=init}" "${REF_MODEL_PATH:=}" # iter_dpo: the reference is POLICY_MODEL_PATH; prev: the policy; or a model
+: "${TRAINING_ITERS:=3}"    # may be raised later: the loop goes on
+: "${ROLLOUT_BATCH_SIZE:=2048}" "${BEST_OF_N:=4}" # prompts per iteration (then the next ones); samples of each
+: "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
+: "${RM_FLAGS:=}" "${DATA_FLAGS:=}" # ... when it scores; besides these, when it scores SFT_DATASET
+: "${TRAIN_FLAGS:=}"        # more flags for the trainer
+: "${BF16:=1}"              # 0: all stages run in fp32
+: "${KL:=1}"                # 0: the report goes without KL divergences, and no model runs for them
+: "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --dp_size and --tp_size in GENERATE_FLAGS
+: "${DRY_RUN:=0}"           # 1: print the commands, run nothing
+: "${GENERATE_OUTPUT:=}" "${RM_OUTPUT:=}" "${MODEL_OUTPUT_PATH:=}" # when set: links to the newest samples, rows, model
+here=$(dirname "${BASH_SOURCE[0]}") toy="" make_toy=() truth=()
+# shellcheck source=/dev/null
+[[ -n $POLICY_MODEL_PATH$RM_MODEL_PATH$TEACHER_MODEL_PATH$PROMPT_DATASET$SFT_DATASET ]] || . "$here/examples/toy.sh"
+OUT=${OUT:-runs/$METHOD}
+
+# --- checks, all of them before the first stage
+check() { [[ ${!1} =~ ^($2)$ ]] || die "$1=${!1}: $3"; }
+check CSFT_PROMPTS "( *[-+]?[0-9]*\.?[0-9]+)+ *" "numbers with blanks between them"
+for name in BF16 KL DRY_RUN; do check $name "0|1" "0 or 1"; done
+for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE BEST_OF_N NUM_GPUS; do check $name "[1-9][0-9]*" "a number above 0"; done
+[[ $REF == init || $REF$REF_MODEL_PATH == prev ]] || die "REF=$REF: init, or prev without a REF_MODEL_PATH"
+[[ -z $(find "$GENERATE_OUTPUT" "$RM_OUTPUT" "$MODEL_OUTPUT_PATH/config.json" -type f 2>/dev/null) ]] ||
+  die "GENERATE_OUTPUT, RM_OUTPUT, MODEL_OUTPUT_PATH become links, but one of them is a file: choose other names"
+[[ $RM_FLAGS != *--reward_fn* ]] || needed=${needed/RM_MODEL_PATH/}
+inputs=() paths=() # inputs: files and folders that decide the result; when they change, a rerun stops
+for name in {POLICY,RM,TEACHER,REF}_MODEL_PATH {PROMPT,SFT}_DATASET; do
+  [[ -n ${!name} || POLICY_MODEL_PATH,PROMPT_DATASET,$needed != *$name* ]] || die "$name is not set"
+  [[ -n $toy ]] || IFS=, read -ra paths <<<"${!name}" # the toy is made later
+  for path in "${paths[@]}"; do
+    [[ -e $path ]] || path=${path%%@*} # NAME@SUBSET
+    [[ $name == *_DATASET ]] && file=$path || file=$path/config.json
+    [[ -s $file || $path =~ ^[[:alnum:]][^/]*/[^/]+$ && ! -d ${path%%/*} ]] || die "$name: $file is not there, or empty"
+    [[ ! -e $path ]] || inputs+=("$path")
   done
 done
-for number in $CSFT_PROMPTS; do
-  [[ $number =~ ^[-+]?[0-9]*\.?[0-9]+$ ]] || die "CSFT_PROMPTS: $number is no number"
-done
-[[ $REF == @(|init|prev) ]] || die "REF=$REF: init or prev; another model is REF_MODEL_PATH"
-[[ -z $REF_MODEL_PATH || $REF != prev ]] || die "REF_MODEL_PATH and REF=prev contradict each other: set one of them"
-[[ $METHOD == iter_dpo || -z $REF_MODEL_PATH$REF ]] || notice "REF_MODEL_PATH, REF: METHOD=$METHOD has no reference model"
-[[ -z ${ITER_LOG_PATH:-} ]] || notice "ITER_LOG_PATH is not used: OUT=$OUT knows which stages are done"
-for path in "$GENERATE_OUTPUT" "$RM_OUTPUT" "${MODEL_OUTPUT_PATH:+$MODEL_OUTPUT_PATH/config.json}"; do
-  [[ ! -e $path || -L $path ]] || die "$path is there and not a link of ours: choose another name for our link"
-done
-
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ $here != "$PWD" ]] || here=.
-split() { # split VARIABLE SCRIPT: its words -> the array `words`; SCRIPT must know the flags, and we not set them
-  local script=$here/$2 flag
-  [[ -f $script ]] || die "$script is missing"
-  xargs -r true <<<"${!1}" 2>/dev/null || die "$1: a quote is not closed: ${!1}"
-  mapfile -t -d '' words < <(xargs -r printf '%s\0' <<<"${!1}")
-  for flag in "${words[@]}"; do
-    [[ $flag == --* ]] || continue
-    flag=${flag#--} flag=${flag%%=*} flag=${flag//-/_}
-    case $flag in
-      pretrain | dataset | output_path | scored_path | save_path | iter | rollout_batch_size | best_of_n | post_processor | \
-        csft_prompt | ref_pretrain | teacher_model)
-        die "$1: --$flag is set by iterate.sh; use its variables" ;;
-    esac
-    grep -qE "^    ($flag|${flag#no_}):|--$flag\b" "$script" || die "$1: $2 has no flag --$flag"
-  done
-}
-split GENERATE_FLAGS batch_infer.py && generate_flags=("${words[@]}")
-split RM_FLAGS batch_infer.py && rm_flags=("${words[@]}")
-rewards=$RM_MODEL_PATH; [[ $RM_FLAGS != *--reward_fn* ]] || rewards+=" reward_fn" # where rewards come from, if at all
-[[ -z $RM_MODEL_PATH ]] || rm_flags=(--pretrain "$RM_MODEL_PATH" "${rm_flags[@]}")
-split DATA_FLAGS batch_infer.py && data_flags=("${words[@]}")
-split LOGPS_FLAGS batch_infer.py && logps_flags=("${words[@]}")
-split TRAIN_FLAGS "$trainer" && train_flags=("${words[@]}")
-[[ $METHOD != distill ]] || train_flags=(--kd_loss reverse_kl --kd_coef 1 "${train_flags[@]}")
-ranks=(python)
-if ((NUM_GPUS > 1)); then
-  ranks=(deepspeed --num_gpus "$NUM_GPUS" ${MASTER_PORT:+--master_port "$MASTER_PORT"})
-  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}" # --num_gpus would ignore it
-  ((${#gpus[@]} == 0 || ${#gpus[@]} >= NUM_GPUS)) || die "NUM_GPUS=$NUM_GPUS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
-  ((${#gpus[@]} == 0)) || ranks[1]=--include ranks[2]=localhost:$(IFS=,; echo "${gpus[*]:0:NUM_GPUS}")
-fi
-for tool in python flock "${ranks[0]}"; do command -v "$tool" >/dev/null || die "$tool is not on PATH"; done
-task=generate_vllm generate=(python) # one command with --dp_size, --tp_size; without vLLM: Hugging Face on all ranks
-python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("vllm") is None)' || task=generate
-[[ ! " ${generate_flags[*]} " =~ .*--eval_task[=\ ]([a-z_]+) ]] || task=${BASH_REMATCH[1]}
-[[ $task != generate ]] || generate=("${ranks[@]}")
-
-if ((!DRY_RUN)); then # one run per OUT. Stages inherit the lock: one that outlives us keeps it
-  mkdir -p "$OUT" 2>/dev/null && [[ -w $OUT ]] || die "OUT=$OUT cannot be written"
-  exec {lock}>>"$OUT/.lock"
-  flock -w 1 "$lock" || die "another run is working in OUT=$OUT"
-fi
-
-# --- running
-set -m # each stage is a process group: its ranks and engines end with it
-run() { # run COMMAND...: in a group of its own; DRY_RUN: prints it
-  local line
-  printf -v line ' %q' "$@"
-  if ((DRY_RUN)); then echo "${line:1}"; return; fi
-  "$@" </dev/null &
-  wait $!
-}
-stop() { # stop NUMBER-OF-SIGNAL: ends the stage and whatever it started; a second signal does so at once
-  local group
-  for group in $(jobs -p); do
-    trap 'kill -KILL -- "-$group"' INT TERM HUP
-    if kill -TERM -- "-$group" 2>/dev/null; then wait "$group" 2>/dev/null || true; fi
-    kill -KILL -- "-$group" 2>/dev/null || true
-  done
-  echo "stopped; the same command continues" >&2
-  exit $((128 + $1))
-}
-trap 'stop 2' INT; trap 'stop 15' TERM; trap 'stop 1' HUP
-
-describe() { # describe COMMAND...: a flag per line; free of launcher and place of OUT; inputs from elsewhere stamped
-  local word line part parts
-  while [[ $1 != *.py ]]; do shift; done
-  line=${1##*/}
-  for word in "${@:2}"; do
+ours="pretrain dataset output_path scored_path save_path iter rollout_batch_size best_of_n post_processor csft_prompt"
+add_flags() { # add_flags COMMAND SETTING SCRIPT: checked, the words of the setting are added to the array COMMAND
+  local -n command=$1
+  xargs -r true <<<"${!2}" 2>/dev/null || die "$2: a quote is not closed: ${!2}"
+  mapfile -t words < <(xargs -r printf '%s\n' <<<"${!2}")
+  command+=("${words[@]}")
+  printf -v "$2" %s "${words[*]}" # for OUT/settings
+  for word in "${words[@]}"; do
     if [[ $word == --* ]]; then
-      echo "$line"
-      line=$word
-      [[ $word != --use[_-]wandb=* ]] || line=--use_wandb # a key is a secret
-      [[ $word == *=* ]] || continue
-      word=${word#*=}
-    else
-      line+=" ${word/#"$OUT"\//OUT/}"
+      flag=${word#--} flag=${flag%%=*} flag=${flag//-/_}
+      [[ " $ours ref_pretrain teacher_model " != *" $flag "* ]] || die "$2: --$flag is set by iterate.sh itself"
+      grep -qE "^    ($flag|${flag#no_}):" "$here/$3" || die "$2: $3 has no flag --$flag"
     fi
-    [[ $line != --use[_-]wandb* ]] || { line=--use_wandb; continue; }
-    [[ $word != "$OUT"/* && $word == *[[:alnum:]]* ]] || continue
-    IFS=, read -ra parts <<<"$word"
-    for part in "${parts[@]}"; do # a file or folder, FILE.py:NAME=WEIGHT, FOLDER@SUBSET
-      [[ -e $part ]] || part=${part%%[:@]*}
-      [[ ! -e $part ]] ||
-        line+=" ($(find -L "$part" -samefile "$OUT" -prune -o -type f -printf '%P %s %T@\n' | sort | cksum))"
+    IFS=, read -ra parts <<<"${word#--*=}"
+    for part in "${parts[@]}"; do # FILE, or FILE.py:NAME=WEIGHT of --reward_fn
+      file=${part%%:*} name=${part##*:}
+      [[ $part != *.py* ]] || grep -qswF -- "${name%=*}" "$file" || die "$2: $part: no such file or function"
+      [[ ! -f $file ]] || inputs+=("$file")
     done
   done
-  echo "$line"
-}
-ran=0 # 1 from the first stage that runs: what follows must run too (where nothing changed, the scripts do nothing)
-stage() { # stage FOLDER NAME RESULT COMMAND...: runs a command once, FOLDER/NAME.done then describes it
-  local folder=$1 name=$2 result=$3 record=$1/$2.done now code=0
-  shift 3
-  if ((DRY_RUN)); then run "$@"; return; fi
-  now=$(describe "$@")
-  if [[ -f $record ]]; then
-    [[ $(<"$record") == "$now" ]] || die "$folder: $name was another command: $(diff "$record" - <<<"$now" |
-      sed -n 's/^< /was: /p; s/^> /now: /p' | paste -sd ' '); set it back, or choose another OUT"
-    if ((!ran)) && [[ -e $result ]]; then echo "$folder  $name: done before"; return; fi
-  fi
-  echo "$folder  $name -> $result"
-  ran=1
-  mkdir -p "$folder" && rm -f "$record"
-  run "$@" || code=$?
-  ((code == 0)) || { echo "error: $folder: $name ended with code $code" >&2; exit "$code"; }
-  echo "$now" >"$record.partial" && mv "$record.partial" "$record"
-}
-publish() { # publish TARGET LINK: LINK, when set, shows TARGET; a folder becomes a folder of links
-  [[ -n $2 ]] && ((!DRY_RUN)) || return 0
-  if [[ -d $1 ]]; then mkdir -p "$2" && ln -sfn "$(realpath "$1")"/* "$2/"; return; fi
-  mkdir -p "$(dirname "$2")" && ln -sfn "$(realpath "$1")" "$2"
 }
 
-generate() { # generate FOLDER POLICY FLAGS...: the policy's samples -> FOLDER/generate.jsonl
-  stage "$1" generate "$1/generate.jsonl" "${generate[@]}" "$here/batch_infer.py" --eval_task "$task" \
-    --pretrain "$2" --dataset "$PROMPT_DATASET" "${@:3}" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" \
-    --best_of_n "$BEST_OF_N" --output_path "$1/generate.jsonl" "${generate_flags[@]}"
-  publish "$1/generate.jsonl" "$GENERATE_OUTPUT"
+# --- commands
+ranks=(python) bf16=(--no-bf16 --bf16)
+if ((NUM_GPUS > 1)); then
+  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | grep -oP "^GPU \K\d+" | paste -sd,)}"
+  ((${#gpus[@]} == 0 || ${#gpus[@]} >= NUM_GPUS)) || die "NUM_GPUS=$NUM_GPUS, but there are ${#gpus[@]}: ${gpus[*]}"
+  ((${#gpus[@]} > 0)) || echo "notice there is no GPU: NUM_GPUS=$NUM_GPUS processes run on the CPU" >&2
+  which=(--num_gpus "$NUM_GPUS") # the first of all GPUs, visible or not
+  [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || which=(--include "localhost:$(IFS=,; echo "${gpus[*]:0:NUM_GPUS}")")
+  ranks=(deepspeed "${which[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"}) # a port per loop on the same machine
+fi
+infer=("$here/batch_infer.py" "${bf16[BF16]}" --eval_task)
+generate=(python "${infer[@]}" generate_vllm)
+if [[ "$GENERATE_FLAGS " == *"--eval_task generate "* ]] || # by Hugging Face
+  ! python -c "import importlib.util as u; exit(not u.find_spec('vllm'))"; then
+  generate=("${ranks[@]}" "${infer[@]}" generate)
+fi
+generate+=(--dataset "$PROMPT_DATASET" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --best_of_n "$BEST_OF_N")
+score=("${ranks[@]}" "${infer[@]}" rm ${RM_MODEL_PATH:+--pretrain "$RM_MODEL_PATH"})
+logps=("${ranks[@]}" "${infer[@]}" logps --max_len 1000000 --max_drop_ratio 1 --micro_batch_size 4)
+train=("${ranks[@]}" "$here/$trainer" "${bf16[BF16]}") reference=${REF_MODEL_PATH:-$POLICY_MODEL_PATH}
+[[ $METHOD != distill ]] || train+=(--teacher_model "$TEACHER_MODEL_PATH" --kd_loss reverse_kl --kd_coef 1)
+[[ $METHOD$REF != iter_dpoinit || $TRAIN_FLAGS == *simpo* ]] || train+=(--ref_pretrain "$reference") # SimPO has none
+add_flags generate GENERATE_FLAGS batch_infer.py
+add_flags score RM_FLAGS batch_infer.py
+add_flags train TRAIN_FLAGS "$trainer"
+score_data=("${score[@]}" --post_processor csft --normalize_reward)
+add_flags score_data DATA_FLAGS batch_infer.py
+run() { # run COMMAND...: DRY_RUN prints it
+  if ((DRY_RUN)); then printf '%q ' "$@" && echo && return; fi
+  (echo "$$ or its stage $BASHPID" >"$OUT/.lock" && exec "$@" </dev/null) # it inherits the lock, and may outlive us
 }
-score() { # score FOLDER ROWS [--post_processor X] FLAGS...: rewards -> FOLDER/scored.jsonl, X's choice -> FOLDER/rm.jsonl
-  local output=$1/scored.jsonl choice=()
-  [[ ${3:-} != --post_processor ]] || output=$1/rm.jsonl choice=(--scored_path "$1/scored.jsonl")
-  stage "$1" rm "$output" "${ranks[@]}" "$here/batch_infer.py" --eval_task rm --dataset "$2" "${@:3}" "${choice[@]}" \
-    --output_path "$output" "${rm_flags[@]}"
-  publish "$output" "$RM_OUTPUT"
+declare -A links=([generate.jsonl]=$GENERATE_OUTPUT [rm.jsonl]=$RM_OUTPUT [model]=$MODEL_OUTPUT_PATH)
+stage() { # stage COMMAND... RESULT: runs the command unless its result, its last word, is there and whole
+  local result=${!#} link=${links[$(basename "${!#}")]:-}
+  if [[ -e $result && ! -e $result.partial && ! -e $result.ckpt ]]; then echo "# $result: done before"; return; fi
+  echo "# $result"
+  run "$@"
+  ((DRY_RUN)) || [[ -z $link ]] || { mkdir -p "$(dirname "$link")" && cp -rsfT "$(realpath "$result")" "$link"; }
 }
-train() { # train FOLDER POLICY ROWS FLAGS...: trained on the rows, the policy becomes FOLDER/model
-  stage "$1" train "$1/model" "${ranks[@]}" "$here/$trainer" --pretrain "$2" --dataset "$3" --save_path "$1/model" \
-    "${@:4}" "${train_flags[@]}"
-  publish "$1/model" "$MODEL_OUTPUT_PATH"
+measure() { # measure NAME MODEL: log-probs of the samples under a model, for the KL in the report
+  ((!KL)) || stage "${logps[@]}" --pretrain "$2" --dataset "$dir/generate.jsonl" --output_path "$dir/logps_$1.jsonl"
 }
-measure() { # measure FOLDER NAME MODEL: log-probs of the samples under MODEL -> FOLDER/logps_NAME.jsonl, for the report
-  stage "$1" "logps_$2" "$1/logps_$2.jsonl" "${ranks[@]}" "$here/batch_infer.py" --eval_task logps --pretrain "$3" \
-    --dataset "$1/generate.jsonl" --output_path "$1/logps_$2.jsonl" \
-    --max_len 1000000 --max_drop_ratio 1 --micro_batch_size 4 "${logps_flags[@]}"
-}
+if ((!DRY_RUN)); then # one loop per OUT, and always with the same settings
+  { mkdir -p "$OUT" && exec {lock}>>"$OUT/.lock"; } 2>/dev/null || die "OUT=$OUT cannot be written"
+  { flock -w 5 "$lock" && echo $$ >"$OUT/.lock"; } || die "OUT=$OUT is in use by process $(<"$OUT/.lock")"
+  declare -p METHOD {POLICY,RM,TEACHER,REF}_MODEL_PATH {PROMPT,SFT}_DATASET CSFT_PROMPTS REF BF16 ROLLOUT_BATCH_SIZE \
+    BEST_OF_N KL {GENERATE,RM,DATA,TRAIN}_FLAGS | sed -E 's/declare \S+ //; s/(--use[_-]wandb)[= ]\S+/\1/' >"$OUT/.now"
+  find -L "${inputs[@]:-/dev/null}" -samefile "$OUT" -prune -o -type f -printf '%p %s %T@\n' | sort >>"$OUT/.now"
+  (cd "$here" && sha256sum iterate.sh batch_infer.py "$trainer") >>"$OUT/.now"
+  [[ -e $OUT/settings ]] || cp "$OUT/.now" "$OUT/settings"
+  changed=$(diff "$OUT/settings" "$OUT/.now" | sed -n 's/^< /was: /p; s/^> /now: /p' | paste -sd ' ') || true
+  [[ -z $changed ]] || die "OUT=$OUT: $changed; set it back, take another OUT, or edit $OUT/settings"
+fi
 
-extras=()
-[[ $METHOD != distill ]] || extras=(--teacher)
-[[ -z $toy ]] || stage "$OUT" toy "$toy/toy.json" python "$here/examples/toy.py" --out "$toy" "${extras[@]}"
+# --- the loop
+[[ -z $toy ]] || run "${make_toy[@]}"
 policy=$POLICY_MODEL_PATH
 if [[ $METHOD == csft ]]; then
-  score "$OUT" "$SFT_DATASET" --post_processor csft --normalize_reward "${data_flags[@]}"
-  train "$OUT" "$policy" "$OUT/rm.jsonl"
+  stage "${score_data[@]}" --dataset "$SFT_DATASET" --output_path "$OUT/rm.jsonl"
+  stage "${train[@]}" --pretrain "$policy" --dataset "$OUT/rm.jsonl" --save_path "$OUT/model"
   for asked in $CSFT_PROMPTS; do
-    generate "$OUT/asked_$asked" "$OUT/model" --iter 0 --csft_prompt="$asked"
-    score "$OUT/asked_$asked" "$OUT/asked_$asked/generate.jsonl"
+    dir=$OUT/asked_$asked
+    stage "${generate[@]}" --pretrain "$OUT/model" --iter 0 --csft_prompt="$asked" --output_path "$dir/generate.jsonl"
+    stage "${score[@]}" --dataset "$dir/generate.jsonl" --output_path "$dir/scored.jsonl"
   done
-  TRAINING_ITERS=-1 # there is no loop
+  TRAINING_ITERS=-1
 fi
-for ((k = 0; k <= TRAINING_ITERS; k++)); do
-  dir=$OUT/iter_$k rows=$OUT/iter_$k/rm.jsonl flags=()
-  generate "$dir" "$policy" --iter "$k"
-  case $METHOD in
-    distill) flags=(--teacher_model "$TEACHER_MODEL_PATH") rows=$dir/generate.jsonl ;;
-    iter_dpo) ((k == 0)) && [[ -z $REF_MODEL_PATH ]] || [[ $REF == prev ]] ||
-      flags=(--ref_pretrain "${REF_MODEL_PATH:-$POLICY_MODEL_PATH}") ;;
-  esac
-  [[ -z $rewards ]] || score "$dir" "$dir/generate.jsonl" ${post_processor:+--post_processor "$post_processor"}
-  if ((KL)); then
-    ((k == 0)) || measure "$dir" first "$POLICY_MODEL_PATH"
-    [[ $METHOD != distill ]] || measure "$dir" teacher "$TEACHER_MODEL_PATH"
-    [[ $METHOD$k == raft0 || $METHOD$k == iter_dpo0 ]] || measure "$dir" policy "$policy"
-  fi
-  ((k < TRAINING_ITERS)) || break # the last policy is only measured
-  train "$dir" "$policy" "$rows" "${flags[@]}"
+for ((k = 0; k <= TRAINING_ITERS; k++)); do # N trainings lie between N + 1 measurements
+  dir=$OUT/iter_$k
+  stage "${generate[@]}" --pretrain "$policy" --iter "$k" --output_path "$dir/generate.jsonl"
+  [[ "${score[*]}" != *--@(pretrain|reward_fn)* ]] || stage "${score[@]}" --dataset "$dir/generate.jsonl" \
+    --post_processor "$choose" --scored_path "$dir/scored.jsonl" --output_path "$dir/rm.jsonl"
+  ((k == 0)) || measure first "$POLICY_MODEL_PATH"
+  [[ $METHOD != distill ]] || measure teacher "$TEACHER_MODEL_PATH"
+  [[ $METHOD$k == @(raft|iter_dpo)0 ]] || measure policy "$policy"
+  ((k < TRAINING_ITERS)) || break
+  stage "${train[@]}" --pretrain "$policy" --dataset "$dir/$rows" --save_path "$dir/model"
   policy=$dir/model
 done
-report=(python "$here/examples/plot.py" --out "$OUT" --pretrain "$POLICY_MODEL_PATH")
-[[ -z $toy ]] || report+=(--score_fn "$here/examples/toy.py:true_score")
-run "${report[@]}"
+run python "$here/examples/plot.py" --out "$OUT" "${truth[@]}"

@@ -1,609 +1,613 @@
 """Kahneman-Tversky optimisation (KTO) in one file: preferences without pairs, each response good or bad.
 
-With r = sum_t log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t), the loss is the mean over the rows of a step of
-
-    desirable    w_D (1 - sigmoid(beta (r - z0)))      Eq. 7-8 of arXiv:2402.01306, w_D, w_U its lambda_D, _U
-    undesirable  w_U (1 - sigmoid(beta (z0 - r)))
-    z0 = max(0, mean over the rows of r(y'))           y': the response of another row; no gradient
-    --apo_zero_unpaired: 1 - sigmoid(beta r) and sigmoid(beta r), no z0     Eq. 5 of arXiv:2408.06266
-
+With r(y) = sum_t log pi(y_t) - log ref(y_t), the loss is the mean over the rows of an optimiser step of
+    desirable    w_D (1 - sigmoid(beta (r(y) - z0)))    Eq. 7-8 of arXiv:2402.01306; w_D, w_U: its lambdas
+    undesirable  w_U (1 - sigmoid(beta (z0 - r(y))))
+    z0 = max(0, mean over the rows of r(y'))            y': the response of another row; no gradient
+--apo_zero_unpaired: w_D (1 - sigmoid(beta r)) and w_U sigmoid(beta r), without z0: Eq. 5 of arXiv:2408.06266.
 Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts are printed, with a weight that does it.
 
 Deviations from the usual trainer:
- 1. z0 is one number per optimiser step, over its whole batch on all ranks, so the split of the batch does not
-    matter. It costs a forward pass over the mismatched responses before each step.
- 2. y' is the next different response in the shuffled batch: never y itself while there is another.
- 3. Rows are shuffled so that both classes are spread evenly over the batches.
- 4. The reference's log-probs, of mismatched rows too (the seed fixes them: once more the data per epoch), are
-    computed before the policy is loaded, and kept in --cache_dir.
+ 1. z0 is one number per optimiser step, over its whole batch on all ranks. It costs a forward pass.
+ 2. y' is that of the next row with another prompt, in an order that --seed fixes once.
+ 3. Both classes are spread evenly over the batches.
+ 4. The reference's log-probs, of y' too, are computed before the policy is loaded, and kept in --cache_dir.
  5. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
 
-Metrics: kl = z0; rewards/chosen, /rejected = beta r, means over desirable, undesirable rows; logps/* in nats.
-
-A data row, one of (other columns: --input_key, --output_key, --label_key; pairs become two rows):
+A data row, one of (other columns: --input_key, --output_key, --label_key; a pair counts as two rows):
     {"prompt": "2+2?", "completion": "4", "label": true}     text or messages; label: true, 1, "True", ...
-    {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
+    {"prompt": "2+2?", "chosen": "4", "rejected": "5"}       and the other forms that dpo.py reads
 
 Commands:
     python kto.py --pretrain MODEL --dataset rows.jsonl --save_path runs/kto           # one GPU, or a CPU
     deepspeed --num_gpus 8 kto.py --pretrain MODEL --dataset rows.jsonl --zero_stage 3 --packing_samples
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 kto.py ...
     python kto.py --pretrain runs/toy/toy/policy --dataset runs/pairs.jsonl --no-bf16   # README's smoke run
 """
 
 import collections
 import dataclasses
 import datetime
-import errno
-import fcntl
-import functools
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shutil
-import signal
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+# Every pack has another size: without this the allocator fragments the GPU's memory.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are encoded by several processes instead
 
 import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tqdm
 import tyro
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
+import datasets
 import deepspeed
 import transformers
-
-STOPPED = 75  # the exit code of a run that a signal ended and the same command continues (EX_TEMPFAIL)
-LATER_FLAGS = dict.fromkeys(  # flags that OpenRLHF got later, and what they are here
-    "attn_implementation deepcompile disable_ds_ckpt disable_fast_tokenizer full_determinism overlap_comm "
-    "grad_accum_dtype gradient_checkpointing_use_reentrant max_ckpt_mem ring_attn_size ring_head_stride "
-    "use_ds_universal_ckpt use_liger_kernel zpg".split(),
-    "leave it out, it would change nothing",
-) | {
-    "param_dtype": "use --bf16 (the default) or --no-bf16",
-    "target_modules": "leave it out: --lora_rank is for all linear layers",
-    "load_in_4bit": "not available; --lora_rank saves memory too",
-    "aux_loss_coef": "not available: the loss of a router",
-    "ds_tensor_parallel_size": "not available; use --zero_stage 3",
-    "save_hf_ckpt": "leave it out: --save_path is a Hugging Face folder",
-    "train_split": "use --dataset_split",
-    "enable_csft": "use --csft_prompt with the reward to ask for",
-    "use_ms": "download the model: --pretrain takes its folder",
-    "use_tensorboard": "leave it out: metrics.jsonl has all numbers",
-    "wandb_project": "set WANDB_PROJECT in the environment",
-    "wandb_org": "set WANDB_ENTITY in the environment",
-    "wandb_group": "set WANDB_RUN_GROUP in the environment",
-    "wandb_run_name": "set WANDB_NAME in the environment",
-}
+from datasets import Features, List, Value
 
 
 @dataclass
 class Args:
-    # model
-    pretrain: str
-    """The model: a Hugging Face folder or hub name."""
-    bf16: bool = True
-    """bf16 weights, in training with fp32 master weights; --no-bf16: fp32."""
-    flash_attn: bool = False
-    """Accepted for old commands: on a GPU attention is torch's own FlashAttention in any case."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about 25 % more time."""
-    lora_rank: int = 0
-    """Rank of LoRA adapters on all linear layers; 0 = full fine-tuning. The saved model has them merged."""
-    lora_alpha: int = 16
-    """LoRA scale: adapters are multiplied by lora_alpha / lora_rank."""
-    lora_dropout: float = 0.0
-    """Dropout in front of the LoRA adapters, 0 to 1. All other dropout is off."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-    tokenizer_chat_template: str | None = None
-    """A Jinja chat template, or a .jinja file with one, in place of the tokenizer's own."""
-    # data
-    dataset: str = ""
-    """Comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)."""
-    dataset_probs: str | None = None
-    """Comma list of shares that the datasets get of an epoch of the same size. Default: every row once."""
-    dataset_split: str = "train"
-    """Split of --dataset, where it has splits."""
-    max_samples: int = 100_000_000
-    """Use the first this many rows of each dataset."""
-    max_len: int = 2048
-    """Tokens of prompt + response; a longer response is cut, a row with a prompt that long is dropped."""
-    max_drop_ratio: float = 0.05
-    """Stop when more than this share of the rows cannot be used."""
-    input_key: str | None = None
-    """Column of the prompt, text or messages. Default: a known layout (input, prompt, messages, ...)."""
-    output_key: str | None = None
-    """Column of the response. Without it, input_key holds conversations (or texts, with --pretrain_mode)."""
-    label_key: str = "label"
-    """Column that says whether the response is desirable: true or false, 1 or 0. Pairs need none."""
-    input_template: str | None = None
-    """Format of a plain text prompt, such as "User: {}\\nAssistant: "."""
-    apply_chat_template: bool = False
-    """Wrap plain text rows as one user and one assistant turn in the tokenizer's chat template."""
-    # loss
-    beta: float = 0.1
-    """How closely the policy keeps to the reference, above 0: 0.1 is usual, 2 to 10 for means per token."""
-    apo_zero_unpaired: bool = False
-    """APO-zero for unpaired rows in place of KTO: no z0."""
-    desirable_loss_weight: float = 1.0
-    """lambda_D, weight of desirable rows."""
-    undesirable_loss_weight: float = 1.0
-    """lambda_U, weight of undesirable rows."""
-    ref_pretrain: str | None = None
-    """The reference model. Default: the start policy (--pretrain)."""
-    # optimisation
-    learning_rate: float = 5e-7
-    """Peak learning rate of AdamW."""
+    # --- model
+
+    pretrain: str  # the model: a Hugging Face folder or hub name
+    bf16: bool = True  # bf16 weights, in training with fp32 master weights; --no-bf16: fp32
+    flash_attn: bool = False  # accepted for old commands: on a GPU attention is FlashAttention in any case
+    gradient_checkpointing: bool = False  # recompute activations: less memory, about 25 % more time
+    lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
+    lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # dropout in front of the LoRA adapters, 0 to 1; all other dropout is off
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    tokenizer_chat_template: str | None = None  # Jinja text, or a .jinja file, in place of the model's own
+
+    # --- data
+
+    # comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)
+    dataset: str = tyro.MISSING
+    dataset_probs: str | None = None  # comma list: the share of all rows that each dataset gets
+    dataset_split: str = "train"  # split of --dataset, where it has splits
+    max_samples: int = 100_000_000  # use the first this many rows of each dataset
+    max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
+    max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
+    num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else a next run finds; may be deleted
+    input_key: str | None = None  # column of the prompt, text or messages; default: a known one
+    output_key: str | None = None  # column of the response; without it, input_key holds conversations
+    label_key: str = "label"  # column that says whether the response is good: true, 1, false or 0
+    input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
+    apply_chat_template: bool = False  # wrap plain text as a user and an assistant turn of the chat template
+
+    # --- loss
+
+    beta: float = 0.1  # how closely the policy keeps to the reference
+    desirable_loss_weight: float = 1.0  # weight of desirable rows (lambda_D)
+    undesirable_loss_weight: float = 1.0  # weight of undesirable rows (lambda_U)
+    apo_zero_unpaired: bool = False  # APO-zero for unpaired rows in place of KTO: no z0
+    ref_pretrain: str | None = None  # the reference model; default: the start policy (--pretrain)
+    ref_offload: bool = False  # with --zero_stage 3: keep the reference's weights in CPU memory
+
+    # --- optimisation
+
+    learning_rate: float = 5e-7  # peak learning rate of AdamW
+    # decay of the learning rate after the warm-up
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine_with_min_lr"
-    """Learning rate after the warm-up."""
-    lr_warmup_ratio: float = 0.03
-    """Share of all steps with linear warm-up."""
-    min_lr_ratio: float = 0.1
-    """Final learning rate of cosine_with_min_lr, relative to the peak."""
-    l2: float = 0.0
-    """Decoupled weight decay, on matrices only."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
-    """Beta1 and beta2 of AdamW."""
-    max_norm: float = 1.0
-    """Clip the global gradient norm to this; 0 = no clipping."""
-    max_epochs: int = 1
-    """Passes over the data."""
-    max_steps: int | None = None
-    """End after this many optimiser steps, the schedule as well. Default: all epochs."""
-    seed: int = 42
-    """Seed of everything random: data order, LoRA's start and dropout, samples."""
-    train_batch_size: int = 128
-    """Examples per optimiser step, over all ranks."""
-    micro_train_batch_size: int = 8
-    """At most this many examples per forward pass and rank; changes speed and memory, never the result."""
-    packing_samples: bool = False
-    """Fill each forward pass to micro_train_batch_size x max_len tokens instead."""
-    zero_stage: int = 2
-    """ZeRO stage of training: 0 and 1 shard optimiser state over ranks, 2 gradients too, 3 weights too."""
-    adam_offload: bool = False
-    """Keep optimiser state and master weights in CPU memory."""
-    # evaluation, logging, saving: from here on, flags do not decide the result
-    eval_dataset: str | None = None
-    """Held-out rows, given as --dataset; no evaluation without it."""
-    eval_split: str = "test"
-    """Split of --eval_dataset, where it has splits."""
-    eval_steps: int = -1
-    """Evaluate every this many steps; -1 = at step 0, at the end of each epoch and of the run."""
-    ref_offload: bool = False
-    """With --zero_stage 3: the reference's weights are in CPU memory while it computes its log-probs."""
-    cache_dir: str = "~/.cache/flatalign"
-    """Folder of the reference log-probs, found again by every run with the same data and reference."""
-    logging_steps: int = 1
-    """Log every this many steps."""
-    use_wandb: str | None = None
-    """Log to Weights & Biases too: an API key, or any word with WANDB_API_KEY in the environment."""
-    save_path: str = "./ckpt"
-    """Folder of the trained model, in Hugging Face form, with args.json and metrics.jsonl."""
-    save_steps: int = -1
-    """Write a checkpoint every this many steps; -1 = never. The same command resumes from the newest."""
-    ckpt_path: str | None = None
-    """Folder of the checkpoints. Default: <save_path>.ckpt, removed once the final model is saved."""
-    max_ckpt_num: int = 3
-    """Keep this many checkpoints."""
-    dry_run: bool = False
-    """Take the first step, whose batch has the longest example, then end; it leaves no more than caches."""
-    load_checkpoint: bool = False
-    """Accepted for old commands: resuming is automatic."""
-    local_rank: int = -1
-    """Set by the deepspeed launcher."""
+    lr_warmup_ratio: float = 0.03  # share of all steps with linear warm-up
+    min_lr_ratio: float = 0.1  # final learning rate of cosine_with_min_lr, relative to the peak
+    l2: float = 0.0  # decoupled weight decay, on matrices only
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # beta1 and beta2 of AdamW
+    max_norm: float = 1.0  # clip the global gradient norm to this; 0 = no clipping
+    max_epochs: int = 1  # passes over the data
+    max_steps: int | None = None  # end after this many optimiser steps, the schedule as well
+    seed: int = 42  # of everything random: data order, LoRA's start and dropout
+    train_batch_size: int = 128  # examples per optimiser step, over all ranks
+    micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
+    packing_samples: bool = False  # fill each forward pass to micro_train_batch_size x max_len tokens instead
+    zero_stage: Literal[0, 1, 2, 3] = 2  # shard over ranks: 1 optimiser state, 2 gradients too, 3 weights too
+    adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
+
+    # --- evaluation, logging, saving
+
+    eval_dataset: str | None = None  # held-out rows, given as --dataset; no evaluation without it
+    eval_split: str = "test"  # split of --eval_dataset, where it has splits
+    eval_steps: int = -1  # evaluate every this many steps; -1 = at the end of each epoch; always at step 0
+    logging_steps: int = 1  # log every this many steps
+    use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
+    save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
+    save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
+    ckpt_path: str | None = None  # folder of the checkpoints; default: <save_path>.ckpt
+    max_ckpt_num: int = 3  # keep this many checkpoints
+    load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
+    local_rank: int = -1  # set by the deepspeed launcher
+
+    def __post_init__(self):
+        for name in ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "logging_steps"):
+            if getattr(self, name) < 1:
+                die(f"--{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("beta", "desirable_loss_weight", "undesirable_loss_weight"):
+            if getattr(self, name) <= 0:
+                die(f"--{name} must be above 0, not {getattr(self, name)}")
+        self.save_path = self.save_path.rstrip("/")
+        self.ckpt_path = self.ckpt_path or f"{self.save_path}.ckpt"
+        if self.input_template is not None and "{}" not in self.input_template:
+            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
+            self.input_template = None
 
 
-# --- reading rows
+# A run may be resumed with other values of these flags; every other flag belongs to its identity.
+FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split
+    eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
+    local_rank""".split()
+# These, and the text of this script above the packing, decide how a row is encoded.
+DATA_FLAGS = """max_samples max_len input_key output_key label_key input_template
+    apply_chat_template""".split()
+FEATURES = Features(  # the columns of an encoded row
+    input_ids=List(Value("int32")),
+    trained=List(Value("bool")),  # is the token part of the loss?
+    desirable=Value("bool"),
+    prompt_hash=Value("int64"),  # the same for rows with the same prompt
+    length=Value("int32"),  # tokens fed; 0: the row cannot be used
+    n_trained=Value("int32"),
+    where=Value("string"),  # file:row
+    reason=Value("string"),  # why it cannot be used
+)
+HARMLESS = ()  # reasons that --max_drop_ratio does not count
+# These cost a row, not the run.
+ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError)
 
 
-def note(message, file=None):
+# --- rows
+
+
+def note(message):
     """One line on the console of rank 0."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=file, flush=True)
+        print(message, flush=True)
 
 
 def die(message):
-    """Ends the program with one line on stderr and exit code 2."""
-    note(f"error: {message}", sys.stderr)
+    """Ends the program with one line on stderr (of each node) and exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def explain_flags(words):
-    """The words of a command line; stops at a flag of LATER_FLAGS with what to write."""
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in LATER_FLAGS:
-            die(f"--{name}: {LATER_FLAGS[name]}")
-    return words
+class JsonLines:
+    """Rows of a .jsonl file, each parsed when it is asked for; memory holds only where the lines begin."""
 
+    def __init__(self, path):
+        self.path, self.begins, position = path, [], 0
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    self.begins.append(position)
+                position += len(line)
 
-def read_json(path):
-    """Rows of a .jsonl (an object per line) or .json (a list of objects) file, each as ("file:line", row)."""
-    try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as e:
-        die(f"{path}: cannot be read: {e}")
-    except UnicodeDecodeError as e:
-        line = data[: e.start].count(b"\n") + 1
-        die(f"{path}:{line}: not UTF-8: {e.reason}")
-    is_list, rows = text.lstrip()[:1] == "[", []
-    parts = [text] if is_list else text.split("\n")
-    for number, part in enumerate(parts, 1):
+    def __len__(self):
+        return len(self.begins)
+
+    def __getitem__(self, i):
+        with open(self.path, "rb") as file:
+            file.seek(self.begins[i])
+            line = file.readline()
         try:
-            values = json.loads(part) if part.strip() else []
-            if "\\ud" in part.lower():  # half of a surrogate pair is no text: an error here
-                json.dumps(values, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as e:
-            line, why = number, " ".join(str(e).split())[:100]
-            if isinstance(e, json.JSONDecodeError):
-                line, why = number + e.lineno - 1, f"{e.msg} at column {e.colno}"
-                if number == len(parts) > 1:  # no newline behind it: its writer was killed there
-                    note(f"notice {path}:{number}: the last line is cut off, dropped")
-                    continue
-            die(f"{path}:{line}: broken JSON: {why}")
-        rows += enumerate(values) if is_list else [(number, values)] if part.strip() else []
-    for number, row in rows:
-        if not isinstance(row, dict):
-            die(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
-    return [(f"{path}:{number}", row) for number, row in rows]
+            return json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"broken JSON: {e}") from e
 
 
-def read_table(name, split):
-    """Rows of one dataset, each as ("where", row): a local file or folder, or a hub name (NAME@SUBSET)."""
+def open_rows(name, split):
+    """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
-    if kind in ("json", "jsonl"):
-        return read_json(path)
-    import datasets  # a second to import: only where it is needed
-
-    datasets.disable_progress_bars()
     try:
-        if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
-            table = datasets.load_from_disk(path)
-        elif kind in ("csv", "parquet", "arrow"):
-            table = datasets.load_dataset(kind, data_files=path)
-        else:
-            named = subset and subset in datasets.get_dataset_config_names(path)
-            table = datasets.load_dataset(path, **{"name" if named else "data_dir": subset or None})
-    except Exception as e:  # of many types; the library's message names the cause
+        # The datasets library would guess types: "2026-01-01" becomes a date, mixed columns fail.
+        if kind == "jsonl":
+            return JsonLines(path)
+        if kind == "json":
+            return tuple(json.loads(Path(path).read_bytes()))  # no list: see encode_table
+        if kind in ("csv", "parquet", "arrow"):
+            return datasets.load_dataset(kind, data_files=path, split="train")
+        if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(path)
+            return rows[split] if isinstance(rows, dict) else rows
+        return datasets.load_dataset(path, subset or None, split=split)
+    except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table and len(table) > 1:
-            die(f"dataset {name!r} has no split {split!r}; it has {', '.join(table)}")
-        split = split if split in table else next(iter(table))
-        name, table = f"{name}:{split}" if len(table) > 1 else name, table[split]
-    return [(f"{name}[{i}]", row) for i, row in enumerate(table)]
 
 
-def load_rows(names, probs, split, max_samples):
-    """Rows of a comma list of datasets, one after another; probs: the share that each gets."""
-    names = [name.strip() for name in names.split(",")]
-    tables = [read_table(name, split)[:max_samples] for name in names]
-    if [] in tables:
-        die(f"dataset {names[tables.index([])]!r}: no rows")
-    sizes = list(map(len, tables))
-    if probs is not None and len(tables) > 1:
-        shares = probs.split(",")
-        if len(shares) != len(tables) or not all(p.strip().replace(".", "", 1).isdecimal() for p in shares):
-            die(f"--dataset_probs {probs}: not one number for each of {len(tables)} datasets")
-        sizes = [round(float(p) * sum(sizes)) for p in shares]
-        if not any(sizes):
-            die(f"--dataset_probs {probs}: no rows are left")
-        note(f"notice --dataset_probs: rows per epoch {dict(zip(names, sizes, strict=True))}")
-    return [table[i % len(table)] for table, n in zip(tables, sizes, strict=True) for i in range(n)]
+# --- text and tokens. A ValueError says why a row cannot be used
 
 
-def find_keys(rows, given, flags, layouts):
-    """The columns to read: those that flags name (None: not given), else the first layout that row 1 fits."""
-    where, row = rows[0]
-    for key, flag in zip(given, flags, strict=True):
-        if key and key not in row:
-            die(f"{where}: no column {key!r}; it has {', '.join(row)}: choose with {flag}")
-    fits = [given] if any(given) else [keys for keys in layouts if {*keys} - {None} <= {*row}]
-    return fits[0] if fits else die(f"{where}: columns {', '.join(row)}: which? use: {' '.join(flags)}")
-
-
-# --- text and tokens. A rendered text is (text, spans, finished, bos): the character spans to train, whether
-# EOS may follow, whether the tokenizer's BOS belongs in front. A ValueError says why a row cannot be used.
+def model_config(path, args):
+    """What config.json says of a language model."""
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    return config.get_text_config()
 
 
 def load_tokenizer(path, args):
-    """(tokenizer, ids that end a turn) of a model."""
+    """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
+        model_config(path, args)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        die(f"model {path!r}: its tokenizer has no {'EOS token' if tokenizer.is_fast else 'fast form'}")
-    if args.tokenizer_chat_template:
-        template = args.tokenizer_chat_template
-        if template.endswith(".jinja") and not Path(template).is_file():
+        die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
+    template = args.tokenizer_chat_template
+    if template and template.endswith(".jinja"):
+        if not Path(template).is_file():
             die(f"--tokenizer_chat_template {template}: no such file")
-        template = Path(template).read_text() if template.endswith(".jinja") else template
-        args.tokenizer_chat_template = tokenizer.chat_template = template  # its text is what decides
-    if isinstance(tokenizer.chat_template, dict):  # several, by name
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
-    try:
-        stops = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the model has no generation_config.json: Hugging Face and vLLM take config.json's
-        stops = getattr(model_config(args, path), "eos_token_id", None)
-    return tokenizer, {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
-
-
-def model_config(args, path=None, **changes):
-    """The config.json of --pretrain, or of another model."""
-    path = path or args.pretrain
-    try:
-        changes["trust_remote_code"] = args.trust_remote_code
-        return transformers.AutoConfig.from_pretrained(path, **changes)
-    except (OSError, ValueError) as e:
-        die(f"model {path!r}: {str(e).splitlines()[0]}")
+        template = Path(template).read_text()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    if args.apply_chat_template and not tokenizer.chat_template:
+        die(f"model {path!r} has no chat template: --tokenizer_chat_template FILE.jinja")
+    return tokenizer
 
 
 def as_messages(value, role):
-    """value as [{"role", "content"}]: text (said by role), such a list, or a list of {"from", "value"}."""
-    roles = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
+    """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return [{"role": role, "content": str(value)}]
+    if not isinstance(value, list):
+        raise ValueError(f"neither text nor messages but {type(value).__name__}")
+    roles = {"human": "user", "gpt": "assistant"}
     messages = []
-    for turn in value if isinstance(value, list) else [None]:
-        turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
-        name, content = turn.pop("role", turn.pop("from", None)), turn.pop("content", turn.pop("value", None))
-        if not isinstance(name, str) or not isinstance(content, str):
-            raise ValueError("messages without role and text")
-        messages.append({"role": roles.get(name, name), "content": content, **turn})
+    for turn in value:
+        speaker = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(speaker, str) or not isinstance(content, str):
+            raise ValueError("a message needs role and content, both text")
+        messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
     return messages
 
 
-def chat_text(tokenizer, messages, multiturn):
-    """The rendered text of a conversation, its last (multiturn: every) assistant turn trained.
+def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
+    """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
 
-    A turn is what follows the turns before it rendered with a generation prompt: trained is what will be
-    asked for. Templates with {% generation %} marks say themselves what the assistant writes.
+    finish_reason is set in rows of batch_infer.py, whose prompt is text that holds template and BOS already.
+    Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
     """
+    sampled = finish_reason is not None
+    chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
+    plain = sampled or not chat
+    messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+    if plain and prompt and args.input_template and not sampled:
+        template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
+        messages[0]["content"] = template.replace("{}", messages[0]["content"])
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[0] == 0:
         raise ValueError("no assistant turn after a prompt")
     messages = messages[: turns[-1] + 1]
-    full = tokenizer.apply_chat_template(messages, tokenize=False)
-    if "% generation" in tokenizer.chat_template.replace("%-", "%"):
-        options = {"chat_template": tokenizer.chat_template, "return_assistant_tokens_mask": True}
-        options |= tokenizer.special_tokens_map
-        marks = transformers.utils.chat_template_utils.render_jinja_template([messages], **options)[1][0]
-        return full, marks if multiturn else marks[-1:], True, False
+    if not messages[-1]["content"].strip():
+        raise ValueError("empty response")
 
-    def borders(n):
-        """Where the answer to the first n turns begins, and where the n-th turn ends."""
-        options = {"conversation": messages[:n], "tokenize": False}
-        texts = [tokenizer.apply_chat_template(**options, add_generation_prompt=x) for x in (True, False)]
-        if not full.startswith(os.path.commonprefix(texts)):
+    def render(n, **options):
+        """Text of the first n messages."""
+        if plain:
+            return "".join(message["content"] for message in messages[:n])
+        return tokenizer.apply_chat_template(messages[:n], tokenize=False, **options)
+
+    text = render(len(messages))
+    encoded = tokenizer(text, add_special_tokens=plain and not sampled, return_offsets_mapping=True)
+    ids = np.array(encoded["input_ids"], dtype=np.int32)
+    ends = np.array(encoded["offset_mapping"])[:, 1]
+    trained = np.zeros(len(ids), dtype=bool)
+    for i in turns if multiturn else turns[-1:]:
+        # From where the answer is asked for, so that what is trained is what will be asked for.
+        question = render(i, add_generation_prompt=True)
+        asked = os.path.commonprefix([text, question])
+        before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
+        # Many templates write a newline behind a turn, which is not trained.
+        answered = render(i + 1) if plain else render(i + 1).rstrip()
+        # Templates of reasoning models drop the thoughts of earlier turns.
+        if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
-        return [len(os.path.commonprefix([text, full])) for text in texts]
-
-    spans = [[borders(i)[0], borders(i + 1)[1]] for i in (turns if multiturn else turns[-1:])]
-    return full, spans, True, False
-
-
-def render(tokenizer, prompt, response, args, finish_reason=None, multiturn=False):
-    """The rendered text of a prompt and its response, each text or messages (response []: prompt holds both).
-
-    finish_reason marks a row of batch_infer.py: its prompt is text as the model saw it, template and BOS in.
-    """
-    chat = args.apply_chat_template and finish_reason is None
-    if chat or isinstance(prompt, list) or isinstance(response, list):
-        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
-        return chat_text(tokenizer, messages, multiturn)
-    for name, value in (("prompt", prompt), ("response", response)):
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is not text but {type(value).__name__}")
-    if args.input_template and finish_reason is None:
-        prompt = args.input_template.replace("{}", prompt)
-    span = [len(prompt), len(prompt) + len(response)]
-    return prompt + response, [span], finish_reason in (None, "stop"), finish_reason is None
-
-
-def label_tokens(rendered, tokenizer, stop_ids, max_len):
-    """(input_ids, trained), int32 and bool arrays [T], of a rendered text.
-
-    The text is tokenised as a whole; a token belongs to a span if it ends inside it. Nothing behind a turn's
-    stop token is trained; a finished response without one gets EOS. Cut at max_len, EOS as well.
-    """
-    text, spans, finished, bos = rendered
-    encoded = tokenizer(text, add_special_tokens=bos, return_offsets_mapping=True)
-    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    n = int(np.max(offsets[:, 1].nonzero()[0], initial=-1)) + 1  # less the EOS some tokenizers append
-    ids, offsets = encoded["input_ids"][:n], offsets[:n]
-    if n > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
-        ids, offsets = ids[1:], offsets[1:]
-    trained, stops = np.zeros(len(ids), dtype=bool), []
-    for start, end in spans:
-        inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 1] <= end))
-        stops = [j for j in inside if ids[j] in stop_ids]
-        trained[inside[inside <= stops[-1]] if stops else inside] = True
-    if stops:  # what a template writes behind the last stop token (a newline) is no part of the example
-        ids, trained = ids[: stops[-1] + 1], trained[: stops[-1] + 1]
-    elif finished:
-        ids, trained = [*ids, tokenizer.eos_token_id], np.append(trained, True)
-    trained[:1] = False  # nothing predicts the first token
+        trained |= (ends > len(asked)) & (ends <= len(answered))
     if not trained.any():
         raise ValueError("nothing to train")
-    if trained.argmax() >= max_len:
+    return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
+
+
+def finish(ids, trained, tokenizer, max_len, cut):
+    """Ends an encoded text with its last trained token, adds EOS unless it was cut, shortens to max_len."""
+    last = trained.nonzero()[0][-1]
+    ids, trained = ids[: last + 1], trained[: last + 1]
+    # A special token: the template wrote its own end.
+    closed = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
+    if not closed and not cut:
+        ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
+        ids, trained = ids[1:], trained[1:]
+    trained[0] = False  # nothing predicts the first token
+    if not trained[:max_len].any():
         raise ValueError("prompt >= max_len")
-    return np.array(ids[:max_len], dtype=np.int32), trained[:max_len]
+    return ids[:max_len], trained[:max_len]
 
 
-def make_tree(encodings):
-    """One example: the prompt that its k responses share, stored once, and the responses that hang off it."""
-    limit = min(int(trained.argmax()) for _, trained in encodings)
-    same = np.all([ids[:limit] == encodings[0][0][:limit] for ids, _ in encodings], axis=0)
-    shared = limit if same.all() else int(same.argmin())
-    return {
-        "prompt": encodings[0][0][:shared],  # [P]
-        "responses": [ids[shared:] for ids, _ in encodings],  # k arrays [R]
-        "trained": [trained[shared:] for _, trained in encodings],  # k masks [R]
-    }
+def split_response(prompt, response, args):
+    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
+    if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
+        return [], response
+    if prompt is not None:
+        return prompt, response
+    head, mark, answer = str(response).rpartition("\n\nAssistant:")
+    if not mark:
+        raise ValueError(r"no prompt column, and no '\n\nAssistant:' in the response")
+    if not args.apply_chat_template:
+        return head + mark, answer
+    turns = re.split(r"\n\n(Human|Assistant):", response)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
 
 
-def tree_length(tree):
-    """Tokens that a forward pass over the example reads (the prompt once)."""
-    return len(tree["prompt"]) + sum(map(len, tree["responses"]))
+def read_label(value):
+    """True or False from a row's label; nothing else is taken for one."""
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if str(value).lower() not in words:
+        raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
+    return words[str(value).lower()]
 
 
-def build_trees(rows, to_texts, tokenizer, stop_ids, args):
-    """(trees, dropped rows as {"row", "reason"}): to_texts(row) gives the k rendered texts of one example.
+def choose_keys(row, args):
+    """(prompt column or None, response column, label column) of a row; a pair: (.., "chosen", "rejected")."""
+    prompts = ["prompt", "input", "instruction", "question"]
+    layouts = [(prompt, "chosen", "rejected") for prompt in [*prompts, None]]
+    for response in ("completion", "output", "response"):
+        layouts += [(prompt, response, args.label_key) for prompt in prompts]
+    layouts += [(None, "messages", args.label_key), (None, "conversations", args.label_key)]
+    if args.input_key:
+        layouts = [(args.input_key, args.output_key, args.label_key)]
+        if not args.output_key:
+            layouts = [(None, args.input_key, args.label_key)]
+    for keys in layouts:
+        if set(keys) - {None} <= set(row):
+            return keys
+    flags = "--input_key, --output_key, --label_key"
+    raise ValueError(f"it has the columns {', '.join(row)}: choose with {flags}")
 
-    Stops when nothing is left, or when more than --max_drop_ratio of the rows cannot be used.
+
+def encode_row(row, tokenizer, args):
+    """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
+    prompt_key, *keys = choose_keys(row, args)
+    if keys == ["chosen", "rejected"]:
+        sides = [("chosen", "chosen_finish_reason", True), ("rejected", "rejected_finish_reason", False)]
+    else:
+        sides = [(keys[0], "finish_reason", read_label(row[args.label_key]))]
+    examples = []
+    for key, finish_key, desirable in sides:
+        prompt, response = split_response(row.get(prompt_key), row[key], args)
+        ids, trained = encode(prompt, response, tokenizer, args, row.get(finish_key))
+        prompt_hash = zlib.crc32(ids[: trained.argmax()].tobytes())
+        example = {"input_ids": ids, "trained": trained}
+        examples.append({**example, "desirable": desirable, "prompt_hash": prompt_hash})
+    return examples
+
+
+# --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
+
+
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
+    """Yields the examples of each row of the spans [(first, last)]: for one that cannot be used, a reason.
+
+    No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
     """
-    trees, dropped = [], []
-    for where, row in rows:
-        try:
-            encodings = [label_tokens(text, tokenizer, stop_ids, args.max_len) for text in to_texts(row)]
-            trees.append({**make_tree(encodings), "where": where, "row": row})
-        except (ValueError, TypeError, jinja2.TemplateError) as e:  # the template refuses the conversation
-            reason = (str(e).splitlines() or ["the chat template refuses it"])[0]
-            dropped.append({"row": where, "reason": reason})
-    ids = [part for tree in trees for part in (tree["prompt"], *tree["responses"]) if len(part)]
-    largest, known = max(map(np.max, ids), default=0), model_config(args).get_text_config().vocab_size
-    if largest >= known:
-        die(f"model {args.pretrain!r}: its tokenizer gives token {largest}, its vocabulary has {known}")
-    counts = collections.Counter(drop["reason"] for drop in dropped).most_common()
-    summary = f"{len(dropped):,} dropped ({', '.join(f'{n} {reason}' for reason, n in counts) or 'none'})"
-    if not trees or len(dropped) > args.max_drop_ratio * len(rows):
-        limit = f"--max_drop_ratio allows {args.max_drop_ratio:.0%}" if trees else "nothing is left"
-        die(f"{len(rows)} rows, {summary}; {limit}; the first: {dropped[0]['row']}")
-    cut = sum(len(tree["prompt"]) + max(map(len, tree["responses"])) == args.max_len for tree in trees)
-    ends = np.mean([ids[-1] in stop_ids for tree in trees for ids in tree["responses"]])
-    note(f"data   {len(trees):,} rows kept, {summary} | {cut} reach max_len | {ends:.0%} end in EOS")
-    return trees, dropped
+    for first, last in spans:
+        for i in range(first, last):
+            reason = ""
+            try:
+                row = rows[i]
+                if not isinstance(row, dict):
+                    raise ValueError("a row must be an object")
+                examples = encode_row(row, tokenizer, args)
+                if max(max(example["input_ids"]) for example in examples) >= vocab_size:
+                    raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
+            except ROW_ERRORS as e:
+                reason = str(e).partition("\n")[0][:200] or type(e).__name__
+                examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
+            for example in examples:
+                example |= {"where": f"{name}:{i + 1}", "reason": reason}
+                example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
+                yield example
+
+
+def stamp(path):
+    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them.
+
+    In a model folder those of the model count; others, such as a log, may lie beside them.
+    """
+    path = Path(path)
+    files = [path, *path.rglob("*")]
+    if (path / "config.json").exists():
+        kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py")
+        files = [file for file in path.iterdir() if file.suffix in kinds and file.name != "args.json"]
+    return [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files) if file.is_file()
+    ]
+
+
+def encode_table(name, split, tokenizer, vocab_size, args):
+    """The usable rows of one dataset as a table of examples: made by --num_proc processes, or found again."""
+    rows = open_rows(name, split)
+    if not len(rows):
+        die(f"dataset {name!r}: no rows")
+    n = min(len(rows), args.max_samples)
+    # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
+    code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    source = [name, split, stamp(name.partition("@")[0]), getattr(rows, "_fingerprint", None)]
+    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
+    decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
+    edges = np.linspace(0, n, 65).astype(int).tolist()
+    num_proc = args.num_proc or len(os.sched_getaffinity(0))
+    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
+    table = datasets.Dataset.from_generator(
+        encode_rows,
+        features=FEATURES,
+        cache_dir=f"{args.cache_dir}/rows",
+        # The library deals the members of a list to the processes: spans is the only list.
+        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
+        num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
+        fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
+    )
+    usable = table.data["length"].to_numpy() > 0
+    dropped = table[np.flatnonzero(~usable)]
+    counts = collections.Counter(dropped["reason"])
+    for reason, count in counts.most_common():
+        first = dropped["where"][dropped["reason"].index(reason)]
+        note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first}")
+    n_faulty = sum(count for reason, count in counts.items() if reason not in HARMLESS)
+    if n_faulty > args.max_drop_ratio * n or not usable.any():
+        summary = (
+            f"{len(dropped['where']):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio})"
+        )
+        die(f"{summary}; {dropped['where'][0]}: {dropped['reason'][0]}")
+    return table.select(np.flatnonzero(usable))
+
+
+def load_examples(names, probs, split, tokenizer, args):
+    """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
+    config = model_config(args.pretrain, args)
+    limit = getattr(config, "max_position_embeddings", None) or args.max_len
+    if args.max_len > limit:
+        advice = f"--max_len {limit}, or raise max_position_embeddings in config.json"
+        die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
+    names = [name.strip() for name in names.split(",")]
+    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
+    if probs and len(tables) > 1:
+        shares = probs.split(",")
+        numbers = [share.strip().replace(".", "", 1).isdecimal() for share in shares]
+        if not all(numbers) or len(shares) != len(tables):
+            die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
+        total = sum(len(table) for table in tables)
+        orders = [
+            np.resize(np.arange(len(table)), round(float(p) * total)) for table, p in zip(tables, shares)
+        ]
+        tables = [table.select(order) for table, order in zip(tables, orders)]
+    return datasets.concatenate_datasets(tables)
+
+
+def column(table, name):
+    """A column of numbers, [B]."""
+    return table.with_format("numpy")[name][:]
+
+
+def fetch(table, indices):
+    """Rows of the table as examples: {column: array or number}, and "index"."""
+    columns = table.with_format("numpy")[indices]
+    names = ["index", *columns]
+    return [dict(zip(names, values)) for values in zip(indices, *columns.values())]
 
 
 # --- packing, attention, log-probabilities
 
 
-def split_step(lengths, world_size, max_examples, max_tokens=None):
-    """Splits a step's examples (lengths in tokens) over ranks and passes: the longest into the lightest bin.
+def split_step(lengths, max_examples, max_tokens=None):
+    """Deals the examples of a step over passes and ranks, the longest first.
 
-    Returns bins[rank][i], lists of indices; every rank has as many, its heaviest first. A bin holds at most
-    max_examples, or max_tokens if that is given; it is empty only where examples are fewer than bins.
+    lengths: tokens of each. A pass holds at most max_examples, or max_tokens if given. Returns the passes of
+    this rank as arrays of indices; every rank has as many, and some are empty where examples are few.
     """
-    room = [n / max_tokens if max_tokens else 1 / max_examples for n in lengths]  # shares of a bin
-    n_bins = math.ceil(sum(room) / world_size - 1e-6) * world_size
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    lengths = np.array(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    n = world_size
     while True:
-        bins, used, load = [[] for _ in range(n_bins)], [0.0] * n_bins, [0] * n_bins
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            fits = [b for b in range(n_bins) if not bins[b] or used[b] + room[i] < 1 + 1e-6]
-            if not fits:
-                break
-            lightest = min(fits, key=load.__getitem__)
-            bins[lightest].append(i)
-            used[lightest], load[lightest] = used[lightest] + room[i], load[lightest] + lengths[i]
-        else:
-            heaviest_first = sorted(range(n_bins), key=lambda b: -load[b])
-            return [[bins[b] for b in heaviest_first[rank::world_size]] for rank in range(world_size)]
-        n_bins += world_size
+        fullest = order[::n]  # the longest of each round
+        fits = len(fullest) <= max_examples if max_tokens is None else lengths[fullest].sum() <= max_tokens
+        if fits or len(fullest) == 1:
+            return [order[i::n] for i in range(rank, n, world_size)]
+        n += world_size
 
 
-def pack_trees(trees, device):
-    """Lays trees end to end in one row of T tokens, no padding: a prompt, its responses, the next prompt, ...
+def to_device(array, device):
+    """A tensor on the device; from pinned memory, as any other copy would wait for the GPU."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
-    segments["spans"]: (q_start, q_end, prefix_start, prefix_end), a response's queries and their prompt; a
-    first response simply continues its prompt, one causal segment without prefix. positions [N]: the hidden
-    state that predicts each trained token (the LAST prompt token predicts the first of EVERY response).
-    targets [N]: that token. owners [N]: the index of its response in the pack.
+
+def pack_rows(examples, device):
+    """Lays examples end to end in one row of T tokens, without padding.
+
+    positions [N]: the hidden states that predict the N trained tokens; targets [N]: those tokens.
     """
-    input_ids, position_ids, spans, positions, targets, owners = [], [], [], [], [], []
-    cursor = 0
-    for tree in trees:
-        start, prompt_end = cursor, cursor + len(tree["prompt"])
-        input_ids.append(tree["prompt"])
-        position_ids.append(np.arange(prompt_end - start))
-        cursor = prompt_end
-        for i, (ids, trained) in enumerate(zip(tree["responses"], tree["trained"], strict=True)):
-            end = cursor + len(ids)
-            predictors = np.r_[prompt_end - 1, cursor : end - 1]
-            input_ids.append(ids)
-            position_ids.append(np.arange(prompt_end - start, prompt_end - start + len(ids)))
-            positions.append(predictors[trained])
-            targets.append(ids[trained])
-            owners.append(np.full(int(trained.sum()), len(spans)))
-            spans.append((cursor, end, start, prompt_end) if i else (start, end, start, start))
-            cursor = end
-
-    def tensor(arrays):
-        return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device, non_blocking=True)
-
-    segments = {"spans": spans}
-    if torch.device(device).type == "cuda":  # for one varlen call: keys are gathered as prefix ++ segment
-        keys = [np.r_[p_start:p_end, q_start:q_end] for q_start, q_end, p_start, p_end in spans]
-        segments["keys"] = tensor(keys)
-        for name, sizes in (("q", [end - start for start, end, _, _ in spans]), ("k", list(map(len, keys)))):
-            segments[f"cu_{name}"] = torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32, device=device)
-            segments[f"max_{name}"] = max(sizes)
+    lengths = [len(example["input_ids"]) for example in examples]
+    input_ids = np.concatenate([example["input_ids"] for example in examples])
+    trained = np.flatnonzero(np.concatenate([example["trained"] for example in examples]))
+    cu = to_device(np.cumsum([0, *lengths], dtype=np.int32), device)
     return {
-        "input_ids": tensor(input_ids)[None],  # [1, T]
-        "position_ids": tensor(position_ids)[None],  # [1, T], a response continues at len(prompt)
-        "segments": segments,
-        "positions": tensor(positions),
-        "targets": tensor(targets),
-        "owners": tensor(owners),
-        "trees": trees,
+        "input_ids": to_device(input_ids[None], device),  # [1, T]
+        "position_ids": to_device(np.concatenate([np.arange(n) for n in lengths])[None], device),  # [1, T]
+        "segments": {"keys": None, "n_q": lengths, "n_k": lengths, "cu_q": cu, "cu_k": cu},
+        "positions": to_device(trained - 1, device),
+        "targets": to_device(input_ids[trained], device),
     }
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-    """Attention that follows the trees of pack_trees, for any Hugging Face model: attn_implementation "tree".
+def attend(query, key, value, scaling, window, softcap):
+    """Causal attention of one segment, whose queries are the last n_q of n_k positions.
 
-    query [1, heads, T, dim], key and value with as many or fewer heads -> [1, T, heads, dim]. A query sees
-    its prefix and its own segment up to itself; a sliding window counts positions of the two as one text.
+    query [1, heads, n_q, dim], key and value [1, kv_heads, n_k, dim] -> [1, heads, n_q, dim]. window: so many
+    positions are seen, the own one included; softcap: of the scores.
     """
-    segments, softcap = options.pop("segments", None), options.pop("softcap", None)
-    window = (options.pop("sliding_window", None) or 0) - 1  # -1: unlimited
-    harmless = ("position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
+    n_q, n_k = query.shape[2], key.shape[2]
+    mask = None
+    if n_q < n_k or window or softcap:
+        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+    if window:
+        mask = mask.triu(n_k - n_q - window + 1)
+    if not softcap:
+        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, mask, **options)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = softcap * torch.tanh((query @ key.transpose(2, 3)).float() * scaling / softcap)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype) @ value
+
+
+def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **options):
+    """Attention within the segments of a pack, for any Hugging Face model: attn_implementation "packed".
+
+    query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None). A
+    segment's n_q queries see n_k keys; segments["keys"] lists these where they are not the segment's own.
+    """
+    window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
+    harmless = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
-    if unknown or attention_mask is not None or segments is None:
-        die(f"{type(module).__name__} needs {', '.join(unknown) or 'a mask'}, which tree_attention cannot do")
-    if query.is_cuda and query.dtype != torch.float32 and softcap is None:
-        from torch.nn.attention.varlen import varlen_attn
+    if unknown or attention_mask is not None:
+        die(f"{type(module).__name__} is not supported: its attention needs {unknown or 'a mask'}")
+    if segments["keys"] is not None:
+        key, value = key.index_select(2, segments["keys"]), value.index_select(2, segments["keys"])
+    n_q, n_k, size = segments["n_q"], segments["n_k"], query.shape[3]
+    if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
+        from torch.nn.attention.varlen import varlen_attn  # FlashAttention, in one call
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
-        k, v = k[segments["keys"]], v[segments["keys"]]
-        sizes = [segments[name] for name in ("cu_q", "cu_k", "max_q", "max_k")]
-        out = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(window, 0), enable_gqa=True)
-        return out[None], None
-    lengths = [q_end - q_start for q_start, q_end, _, _ in segments["spans"]]
-    splits, outputs, first = [x.split(lengths, 2) for x in (query, key, value)], [], None  # no gaps
-    for (_, _, p_start, p_end), q, k, v in zip(segments["spans"], *splits, strict=True):
-        if p_end == p_start:
-            first = k, v  # of the segment that begins with the prompt
-        else:
-            k, v = (torch.cat([x[:, :, : p_end - p_start], own], 2) for x, own in zip(first, (k, v)))
-        n_q, n_k, mask = q.shape[2], k.shape[2], None
-        if n_q < n_k or 0 <= window < n_k or softcap is not None:
-            at = torch.arange(n_k, device=q.device)
-            distance = at[n_k - n_q :, None] - at
-            mask = (distance >= 0) & (distance <= (window if window >= 0 else n_k))
-        if softcap is None:
-            causal = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
-            outputs.append(F.scaled_dot_product_attention(q, k, v, mask, **causal))
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scaling / softcap)
-            outputs.append(scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v)
-    return torch.cat(outputs, 2).transpose(1, 2), None
+        v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
+        options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}
+        out = varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
+        return out[None, :, :, : value.shape[3]], None
+    parts = zip(query.split(n_q, 2), key.split(n_k, 2), value.split(n_k, 2))
+    return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
 
 
 class LogProbs(nn.Module):
@@ -612,8 +616,6 @@ class LogProbs(nn.Module):
     Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
     again in the backward pass: nothing of size tokens x vocabulary exists.
     """
-
-    CHUNK_BYTES = 2**28 if torch.cuda.is_available() else 2**26  # of one chunk's fp32 logits
 
     def __init__(self, model):
         super().__init__()
@@ -626,337 +628,187 @@ class LogProbs(nn.Module):
         if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
             deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
 
-    def logits(self, weight, bias, hidden):
-        """hidden [C, H] -> fp32 logits [C, V], with the quirks that models apply behind the head."""
-        logits = F.linear(hidden, weight, bias).float()
-        logits = logits if self.scale == 1 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def chunk_logps(self, weight, bias, hidden, targets):
-        logits = self.logits(weight, bias, hidden)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
     def hidden(self, pack):
         """The hidden states that predict the pack's trained tokens, [N, H]."""
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
         return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
 
-    def chunk_rows(self, weight):
-        return max(16, self.CHUNK_BYTES // (4 * weight.shape[0]))
+    def logits(self, weight, bias, hidden):
+        """hidden [C, H] -> fp32 logits [C, V], with what some models apply behind the head."""
+        logits = F.linear(hidden * self.scale, weight, bias).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def chunk_logps(self, weight, bias, hidden, targets):
+        return -F.cross_entropy(self.logits(weight, bias, hidden), targets, reduction="none")
 
     def in_chunks(self, function, *tensors):
         """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
-        rows = self.chunk_rows(weight)
-        chunks = zip(*[tensor.split(rows) for tensor in tensors], strict=True)
-        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat(parts)
+        budget = 2**26  # bytes of a chunk's logits
+        if weight.is_cuda:
+            budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
+        rows = max(16, budget // (4 * weight.shape[0]))
+        chunks = zip(*[tensor.split(rows) for tensor in tensors])
+        return torch.cat(
+            [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        )
 
     def forward(self, pack):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
-# --- the loss
+# --- the loss and the step
 
 
-def kto_loss(logratios, desirable, kl, beta, desirable_weight, undesirable_weight):
-    """Eq. 7-8 of arXiv:2402.01306. logratios [B], summed nats; desirable [B] bool; kl: z0. Returns loss [B].
+def kto_loss(log_ratios, desirable, kl, beta, desirable_weight, undesirable_weight):
+    """Eq. 7-8 of arXiv:2402.01306. log_ratios [B], summed nats; desirable [B] bool; kl: z0. Returns loss [B].
 
     With kl = 0 it is APO-zero for unpaired rows, Eq. 5 of arXiv:2408.06266.
     """
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
-    return weight * torch.sigmoid(-sign * beta * (logratios - kl))  # 1 - sigmoid(x) = sigmoid(-x)
+    return weight * torch.sigmoid(-sign * beta * (log_ratios - kl))  # 1 - sigmoid(x) = sigmoid(-x)
 
 
-# --- files. A folder is complete (manifest.json, written last, has all sha256 sums), absent, or recognised
+def response_sums(engine, examples):
+    """(log-ratios, logps), [B] each: log pi - log ref and log pi of each response, in summed nats."""
+    per_token_logps = engine(pack_rows(examples, engine.device))
+    ref_logps = np.concatenate([example["ref_logps"] for example in examples])
+    log_ratios = per_token_logps - to_device(ref_logps, engine.device)
+    counts = [example["n_trained"] for example in examples]
+    return [torch.stack([part.sum() for part in x.split(counts)]) for x in (log_ratios, per_token_logps)]
 
 
-def sha256_all(files):
-    """The sha256 of each file, several at a time."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda path: hashlib.file_digest(open(path, "rb"), "sha256").hexdigest(), files))
+@torch.no_grad()
+def kto_z0(engine, mismatched, args):
+    """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
+    total = torch.zeros((), device=engine.device)
+    for members in split_step([example["length"] for example in mismatched], 4 * args.micro_train_batch_size):
+        batch = [mismatched[j] for j in members] or mismatched[:1]
+        weight = 1.0 if len(members) else 0.0
+        total += weight * response_sums(engine, batch)[0].sum()
+    dist.all_reduce(total)
+    return (total / len(mismatched)).clamp(min=0)
 
 
-def fingerprint(names):
-    """Identity of a model or datasets (comma list): sha256 over the contents of the files, or a hub name."""
-    if "," in names:
-        return ",".join(fingerprint(name) for name in names.split(","))
-    place, _, subset = names.strip().partition("@")
-    path = Path(place)
-    if not path.exists():
-        return names
-    patterns = "**/*"
-    if (path / "config.json").exists():  # a model: what decides its outputs
-        patterns = "model*.safetensors* pytorch_model*.bin* *config.json tokenizer* *.model *.jinja"
-    files = {p for pattern in patterns.split() for p in path.glob(pattern) if p.is_file()} or {path}
-    return hashlib.sha256("".join([*sha256_all(sorted(files)), subset]).encode()).hexdigest()
+def kto_step(engine, examples, mismatched, args, train=True):
+    """Forward and backward over the rows of one optimiser step, in as many passes as it takes.
+
+    Each pass adds its share of the loss, a mean over the rows of the whole step on all ranks. mismatched: the
+    examples for z0, [] for APO-zero. Returns metrics, the same on all ranks.
+    """
+    n_good = sum(example["desirable"] for example in examples)
+    counts = {"chosen": max(1, n_good), "rejected": max(1, len(examples) - n_good)}
+    max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
+    lengths = [example["length"] for example in examples]
+    passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
+    z0 = kto_z0(engine, mismatched, args) if mismatched else torch.zeros((), device=engine.device)
+    totals = 0
+    for i, members in enumerate(passes):
+        # A rank without examples runs one that counts nothing, as every pass is a collective.
+        weight = 1.0 if len(members) else 0.0
+        batch = [examples[j] for j in members] or examples[:1]
+        good = to_device(np.array([example["desirable"] for example in batch]), engine.device)
+        engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
+        with torch.set_grad_enabled(train):
+            log_ratios, logps = response_sums(engine, batch)
+            weights = (args.desirable_loss_weight, args.undesirable_loss_weight)
+            loss = kto_loss(log_ratios, good, z0, args.beta, *weights).sum() / len(examples)
+        if train:
+            engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
+        shares = {"loss": loss}
+        for kind, mask in (("chosen", good), ("rejected", ~good)):
+            shares[f"rewards/{kind}"] = args.beta * (log_ratios * mask).sum() / counts[kind]
+            shares[f"logps/{kind}"] = (logps * mask).sum() / counts[kind]
+        totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
+    dist.all_reduce(totals)
+    metrics = dict(zip([*shares, "kl"], torch.cat([totals, z0[None]]).tolist()))
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics | {"desirable": n_good / len(examples)}
 
 
-def write_atomic(path, text):
-    """Writes beside, syncs, renames: the file has its old or its new content, never half of it."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+def check_first_loss(metrics, n_tokens, args):
+    """Stops unless the first loss is that of r = 0, but for rounding: the policy is still the reference.
+
+    n_tokens: of a response. Allowed are errors of 0.1 nats per token in bf16, 2e-6 in fp32, that add up at
+    random; the loss changes by at most beta / 4 of them.
+    """
+    weights = (args.desirable_loss_weight, args.undesirable_loss_weight)
+    share = metrics["desirable"]
+    known = (weights[0] * share + weights[1] * (1 - share)) / 2
+    error = args.beta / 4 * max(weights) * (0.1 if args.bf16 else 2e-6) * math.sqrt(n_tokens)
+    if abs(metrics["loss"] - known) > 2 * error + 1e-6 * known:
+        words = f"the loss must be {known:.7f}, but is {metrics['loss']:.7f}"
+        die(f"step 1: the policy is the reference, so {words}")
 
 
-def seal(folder, identity):
-    """Writes manifest.json: what made the folder, and the sha256 of every file in it."""
-    os.sync()
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("lock", "manifest.json"))
-    sums = dict(zip([str(p.relative_to(folder)) for p in files], sha256_all(files), strict=True))
-    write_atomic(folder / "manifest.json", json.dumps({"identity": identity, "files": sums}, indent=1))
-
-
-def intact(folder):
-    """The identity in a folder's manifest if every file is as it was sealed, else None."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        same = sha256_all([folder / name for name in manifest["files"]]) == list(manifest["files"].values())
-        return manifest["identity"] if same else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def publish(partial, target):
-    """Moves a sealed folder into place, its manifest last; after a crash it goes on where it was."""
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "manifest.json").unlink(missing_ok=True)
-    names = json.loads((partial / "manifest.json").read_text())["files"]
-    for path in target.glob("model*.safetensors*"):  # shards of the model that is replaced
-        if path.name not in names:
-            path.unlink()
-    for name in names:
-        if (partial / name).exists():
-            os.replace(partial / name, target / name)
-    os.sync()
-    os.replace(partial / "manifest.json", target / "manifest.json")
-    shutil.rmtree(partial)
-
-
-def identify(args, inputs, world_size):
-    """What decides the result of a run: flags (before eval_dataset), contents of its inputs, ranks."""
-    flags = dataclasses.asdict(args)
-    names = list(flags)[: list(flags).index("eval_dataset")]
-    free = "pretrain dataset max_drop_ratio ref_pretrain ref_offload cache_dir "  # of these, contents decide
-    free += "teacher_model teacher_offload teacher_cache"
-    flags = {name: flags[name] for name in names if name not in free.split()}
-    contents = {name: fingerprint(path) for name, path in inputs.items()}
-    in_place = Path(args.save_path).resolve() == Path(args.pretrain).resolve()
-    identity = {"script": Path(__file__).name, **flags, **contents, "world_size": world_size}
-    identity["in_place"] = in_place
-    return json.loads(json.dumps(identity))  # as it will be read back
-
-
-def difference(old, new):
-    """In which keys two identities differ, with both values."""
-    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-    return ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in changed)[:300]
-
-
-def checkpoints(args):
-    """(step, folder) of all checkpoints, newest first."""
-    folders = [p for p in Path(args.ckpt_path).glob("step_*") if p.name[5:].isdigit()]
-    return sorted(((int(p.name[5:]), p) for p in folders), reverse=True)
-
-
-def remove_checkpoints(args, identity):
-    """Those of a run that is complete; half-written ones too."""
-    for _, folder in checkpoints(args):
-        if intact(folder) in (None, identity):  # another run may use the same --ckpt_path
-            shutil.rmtree(folder)
-    shutil.rmtree(f"{args.save_path}.ckpt", ignore_errors=True)
-
-
-def open_run(args, identity):
-    """What to do with --save_path, on rank 0: ("done", the step to resume from, or 0; the run's lock)."""
-    target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
-    if (partial / "manifest.json").exists():  # the run had finished, and was killed while it moved into place
-        publish(partial, target)
-    if (target / "config.json").exists():
-        old, in_place = intact(target) or {}, identity["in_place"]
-        if in_place and old:  # the model has replaced its own start weights, maybe its reference or teacher
-            names = {"weights": "pretrain", "reference": "ref_pretrain", "teacher": "teacher_model"}
-            paths = {name: Path(getattr(args, names[name]) or "").resolve() for name in names if name in old}
-            old |= {name: identity[name] for name, path in paths.items() if path == target.resolve()}
-        if old == identity:
-            remove_checkpoints(args, identity)
-            if {*partial.glob("*")} <= {partial / "lock"}:  # a kill came in publish's last line
-                shutil.rmtree(partial, ignore_errors=True)
-            note(f"done   {target} is complete and made by this command: nothing to do")
-            return "done", None
-        if not in_place:
-            die(f"--save_path {target} holds another model: {difference(old, identity)}. Choose another")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = open(partial / "lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if args.ckpt_path != f"{args.save_path}.ckpt":  # a folder that another run may be told to use too
-            Path(args.ckpt_path).mkdir(parents=True, exist_ok=True)
-            lock = lock, open(Path(args.ckpt_path) / "lock", "w")
-            fcntl.flock(lock[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        place = f"--ckpt_path {args.ckpt_path}" if isinstance(lock, tuple) else f"--save_path {target}"
-        die(f"{place}: another process is writing there")
-    except OSError as e:
-        die(f"--save_path {target} cannot be written: {e.strerror}")
-    for step, folder in checkpoints(args):
-        old = intact(folder)
-        if old == identity:
-            note(f"resume {folder}")
-            return step, lock
-        if old:
-            die(f"{folder} is of another run: {difference(old, identity)}. Undo that, or remove it")
-        note(f"notice {folder} is damaged or half written: the one before it is used")
-    return 0, lock
-
-
-def save_checkpoint(engine, args, step, identity):
-    """All that decides a run's future, in <ckpt_path>/step_N. Randomness is seeded by step: see main."""
-    partial = Path(args.ckpt_path) / f"step_{step}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
-    if dist.get_rank() == 0:
-        seal(partial, identity)
-        shutil.rmtree(partial.with_suffix(""), ignore_errors=True)  # a damaged one
-        os.replace(partial, partial.with_suffix(""))
-        os.sync()
-        found = checkpoints(args)
-        newer = sum(number > step for number, _ in found)  # damaged, or the run would have begun there
-        for _, folder in found[:newer] + found[newer + args.max_ckpt_num :]:
-            shutil.rmtree(folder)
-    dist.barrier()
-
-
-def full_weights(engine, args):
-    """State dict of the whole model, gathered on rank 0 ({} elsewhere), LoRA merged into it."""
-    zero3 = args.zero_stage == 3
-    weights = engine._zero3_consolidated_16bit_state_dict() if zero3 else engine.module.state_dict()
-    merged = {}
-    for name, value in weights.items() if dist.get_rank() == 0 else ():
-        if name.endswith(".base_layer.weight"):
-            stem = name.removesuffix(".base_layer.weight")
-            a, b = (weights[f"{stem}.lora_{x}.default.weight"].float() for x in "AB")
-            delta = args.lora_alpha / args.lora_rank * b @ a
-            transposed = engine.module.get_submodule(stem).fan_in_fan_out  # GPT-2's Conv1D: [in, out]
-            value = (value.float() + (delta.T if transposed else delta)).to(value.dtype)
-        if ".lora_" not in name:
-            name = name.replace(".base_layer.", ".").removeprefix("model.")
-            merged[name.removeprefix("base_model.model.")] = value
-    return merged
-
-
-def save_model(engine, tokenizer, args, identity, dropped):
-    """The trained model as a Hugging Face folder at --save_path: complete with its manifest, or not there."""
-    weights = full_weights(engine, args)
-    if dist.get_rank() == 0:
-        partial = Path(f"{args.save_path}.partial")
-        model = engine.module.model.get_base_model() if args.lora_rank else engine.module.model
-        model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
-        tokenizer.save_pretrained(partial)
-        flags = {k: v for k, v in dataclasses.asdict(args).items() if k != "use_wandb"}  # it may be a secret
-        write_atomic(partial / "args.json", json.dumps(flags, indent=1))
-        write_atomic(partial / "dropped.jsonl", "".join(json.dumps(drop) + "\n" for drop in dropped))
-        seal(partial, identity)
-        publish(partial, Path(args.save_path))
-        if intact(Path(args.save_path)):
-            remove_checkpoints(args, identity)
-    dist.barrier()
-
-
-def open_log(args, start_step):
-    """A function (step, metrics) that appends to metrics.jsonl, less what it has after start_step."""
-    path, tracker = Path(f"{args.save_path}.partial/metrics.jsonl"), None
-    lines = path.read_text().split("\n")[:-1] if start_step and path.exists() else []
-    write_atomic(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
-    if args.use_wandb == "{wandb_token}":
-        note("notice --use_wandb {wandb_token} is a placeholder: metrics are in metrics.jsonl only")
-    elif args.use_wandb:
-        try:
-            import wandb
-
-            if not wandb.api.api_key:
-                os.environ["WANDB_API_KEY"] = args.use_wandb
-            tracker = wandb.init()
-        except ImportError:
-            note("notice wandb is not installed (pip install wandb): metrics are in metrics.jsonl only")
-
-    def log(step, metrics):
-        with open(path, "a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
-        if tracker:
-            tracker.log(metrics, step=step)
-
-    return log
-
-
-# --- training
+# --- model and engine
 
 
 def setup(args):
-    """Checks flags, finds (rank, world_size, device), quiets libraries; there is no process group yet."""
+    """(rank, world size, device) of this process; quiets libraries. There is no process group yet."""
     launch = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": max(args.local_rank, 0), "MASTER_ADDR": "127.0.0.1"}
     for name, default in {**launch, "MASTER_PORT": 0}.items():
         os.environ.setdefault(name, str(default))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    counts = "train_batch_size micro_train_batch_size max_len max_epochs max_steps max_ckpt_num logging_steps"
-    ranges = dict.fromkeys(f"{counts} max_samples".split(), (1, 2**31))
-    ranges |= dict.fromkeys(("seed", "lora_rank"), (0, 2**31)) | {"zero_stage": (0, 3)}
-    ranges |= dict.fromkeys("max_drop_ratio lora_dropout lr_warmup_ratio min_lr_ratio".split(), (0, 1))
-    ranges |= dict.fromkeys("learning_rate l2 max_norm".split(), (0, 1e9))
-    for name, (low, high) in ranges.items():
-        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:  # NaN too
-            die(f"--{name} must be {low} to {high}, not {getattr(args, name)}")
-    if not all(0 <= beta < 1 for beta in args.adam_betas):
-        die(f"--adam_betas {args.adam_betas}: each must be 0 or more and below 1")
-    if not args.dataset:
-        die("--dataset is missing")
-    if args.lora_rank and importlib.util.find_spec("peft") is None:
-        die("--lora_rank needs a package that is missing: pip install peft")
-    if args.load_checkpoint or args.flash_attn:
-        note("notice --load_checkpoint and --flash_attn change nothing: both are always on")
-    if args.zero_stage == 0:
-        note("notice --zero_stage 0 runs as stage 1: the same result in less memory")
-    if args.input_template is not None:
-        args.input_template = args.input_template.replace("\\n", "\n")  # a heredoc leaves two characters
-        if "{}" not in args.input_template:
-            note(f"notice --input_template {args.input_template!r} has no {{}}: prompts are used as they are")
-            args.input_template = None
-    args.save_path = args.save_path.rstrip("/")
-    args.ckpt_path = args.ckpt_path or f"{args.save_path}.ckpt"
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        sizes = [os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")]
-        local_size = next(filter(None, sizes))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
-    else:
-        torch.cuda.set_device(device)
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device
-
-
-def connect(device):
-    """Joins the process group."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if rank != 0 or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
+    for category in (
+        FutureWarning,
+        UserWarning,
+    ):  # of libraries; one is about the scheduler: see start_engine
+        warnings.simplefilter("ignore", category)
+    # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    args.cache_dir = os.path.expanduser(args.cache_dir)
+    try:
+        os.makedirs(args.cache_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.cache_dir).close()
+    except OSError as e:
+        note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
+        args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
+    if torch.cuda.is_available():
+        if int(local_size) > torch.cuda.device_count():
+            die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
+        return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
+    if Path("/proc/driver/nvidia/version").exists():
+        die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
+    return rank, world_size, "cpu"
+
+
+def connect(device, args):
+    """Joins the process group. This is the first use of CUDA: what encodes rows was forked before it."""
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
-    options = {"verbose": False, "timeout": datetime.timedelta(days=1)}  # rank 0 alone hashes checkpoints
-    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", **options)
+    backend = "gloo" if device == "cpu" else "nccl"
+    deepspeed.init_distributed(backend, verbose=False, timeout=datetime.timedelta(hours=2))
 
 
 def deepspeed_config(args, hidden_size):
     """ZeRO; gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
-    zero = {"stage": max(1, args.zero_stage), "reduce_bucket_size": 50_000_000, "overlap_comm": False}
-    if args.zero_stage == 3:  # only vectors stay whole on every rank
-        zero |= {"stage3_param_persistence_threshold": hidden_size, "stage3_prefetch_bucket_size": 50_000_000}
+    zero = {
+        "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
+        "reduce_bucket_size": 50_000_000,
+        "overlap_comm": torch.cuda.is_available(),
+        "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
+    }
     if args.adam_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": 1,  # the step says which backward pass is its last
         "gradient_clipping": args.max_norm,
         "bf16": {"enabled": args.bf16},
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
@@ -969,14 +821,15 @@ def deepspeed_config(args, hidden_size):
 
 
 def load_model(path, args):
-    """The causal LM with tree attention, every weight from the checkpoint, dropout off."""
-    transformers.AttentionInterface.register("tree", tree_attention)
-    options = {"attn_implementation": "tree", "dtype": torch.bfloat16 if args.bf16 else torch.float32}
-    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as e:
-        die(f"model {path!r}: {str(e).splitlines()[0]}")
+    """The causal LM with our attention, every weight from the checkpoint, dropout off."""
+    transformers.AttentionInterface.register("packed", packed_attention)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        attn_implementation="packed",
+        trust_remote_code=args.trust_remote_code,
+        output_loading_info=True,
+    )
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -985,81 +838,81 @@ def load_model(path, args):
                 setattr(module, name, 0.0)
     try:
         model.generation_config.validate(strict=True)
-    except ValueError:  # sampling settings without do_sample, which could not be saved
+    except ValueError:  # sampling settings without do_sample: saving would fail, after the training
         model.generation_config.do_sample = True
     return model
 
 
-def grad_norm(gradients, _):
-    """The norm of all ranks' gradients. DeepSpeed's own copies the whole gradient of an embedding to fp64."""
-    parts = [part for gradient in gradients for part in gradient.flatten().split(2**22)]
-    total = torch.stack([torch.linalg.vector_norm(part, dtype=torch.double) for part in parts]).square().sum()
-    dist.all_reduce(total)
-    return total.sqrt().float()
+def add_lora(model, args):
+    """The model with LoRA adapters on all linear layers, which alone are trained."""
+    import peft
+
+    options = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    )
 
 
-def start_engine(args, wrapper):
-    """The model, wrapped in LogProbs or a class like it, and its optimiser under DeepSpeed: engine(pack)."""
-    config = deepspeed_config(args, model_config(args).get_text_config().hidden_size)
-    # alive while the model loads: ZeRO-3 then never holds the whole model on one rank
-    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
+def start_engine(args, total_steps, wrapper=LogProbs):
+    """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
+    config = deepspeed_config(args, model_config(args.pretrain, args).hidden_size)
     torch.manual_seed(args.seed)
+    # While this object lives, a model is loaded in shards, never whole on one rank.
+    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
     model = load_model(args.pretrain, args)
     del partition_at_load
     if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        lora = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **lora))
-        model.enable_input_require_grads()
+        model = add_lora(model, args)
     if args.gradient_checkpointing:
+        model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    matrices, vectors = [], []
-    for p in model.parameters():
-        if p.requires_grad:
-            (matrices if len(getattr(p, "ds_shape", p.shape)) > 1 else vectors).append(p)
-    groups = [{"params": matrices, "weight_decay": args.l2}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]  # ds_shape: under ZeRO-3
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": args.l2}]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
-    engine = deepspeed.initialize(model=wrapper(model), optimizer=optimizer, config=config)[0]
-    if args.zero_stage < 3:
-        engine.optimizer.get_grad_norm_direct = grad_norm
-    return engine
+    min_lr = {"min_lr_rate": args.min_lr_ratio} if args.lr_scheduler == "cosine_with_min_lr" else None
+    warmup = math.ceil(args.lr_warmup_ratio * total_steps)
+    kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
+    scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
+    scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
+    wrapped = wrapper(model)
+    return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
 @torch.no_grad()
-def check_attention(engine, device, args):
-    """Stops unless a tree's log-probs equal those of the model's own eager attention on each branch alone."""
+def check_attention(engine, pack, alone, args):
+    """Stops unless a pack's log-probs are those of the model's own eager attention, one sequence at a time.
+
+    alone: the packs of these sequences, in the order of the pack.
+    """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
-    ids = (np.arange(40, dtype=np.int32) * 7919 + 11) % model.config.get_text_config().vocab_size
-    prompt, branches = ids[:16], [ids[16:27], ids[27:]]
-    tree = {"prompt": prompt, "responses": branches, "trained": [np.ones(len(b), bool) for b in branches]}
+    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
     training = wrapper.training
     engine.eval()
-    found, worst = wrapper(pack_trees([tree], device)).split(list(map(len, branches))), 0.0
+    found = wrapper(pack)
     model.set_attn_implementation("eager")
-    for branch, logps in zip(branches, found, strict=True):
-        row = torch.from_numpy(np.r_[prompt, branch]).long().to(device)
-        alone = model(input_ids=row[None], use_cache=False).logits[0, 15:-1].float().log_softmax(-1)
-        worst = max(worst, (alone.gather(1, row[16:, None])[:, 0] - logps).abs().mean().item())
-    model.set_attn_implementation("tree")
+    expected = torch.cat([wrapper(pack) for pack in alone])
+    model.set_attn_implementation("packed")
     engine.train(training)
-    # in bf16 rounding alone makes up to 0.2 in a deep model; a wrong mask makes 0.6 or more
+    # In bf16 rounding alone makes up to 0.2 in a deep model; a wrong mask makes 0.6 or more.
+    worst = (found - expected).abs().mean().item()
     if not worst < (0.3 if args.bf16 else 1e-4):
-        die(f"{type(model).__name__} is not supported: tree attention is off by {worst:.2g} nats per token")
+        die(f"{type(model).__name__} is not supported: our attention is off by {worst:.2g} nats per token")
 
 
-def frozen_model(path, args, device, offload, wrapper=LogProbs):
-    """The model in the wrapper, for forward passes only: whole on each rank, under ZeRO-3 sharded over them.
+def start_frozen(path, args, device, offload, wrapper=LogProbs):
+    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them.
 
     offload: the shards stay in CPU memory.
     """
     if args.zero_stage < 3:
         engine = wrapper(load_model(path, args)).to(device).eval()
-        check_attention(engine, device, args)
+        engine.device = torch.device(device)  # as DeepSpeed's engines have it
         return engine
-    config = deepspeed_config(args, model_config(args, path).get_text_config().hidden_size)
+    config = deepspeed_config(args, model_config(path, args).hidden_size)
     config["zero_optimization"].pop("offload_optimizer", None)
     if offload:
         config["zero_optimization"]["offload_param"] = {"device": "cpu"}
@@ -1068,445 +921,456 @@ def frozen_model(path, args, device, offload, wrapper=LogProbs):
     del partition_at_load
     engine = deepspeed.initialize(model=wrapper(model), config=config)[0]
     engine.eval()
-    check_attention(engine, device, args)
     return engine
 
 
+# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
+
+
+class PerToken:
+    """Values of every trained token of a table's examples: per_token[example] -> [n_trained, ...]."""
+
+    def __init__(self, file, n_trained):
+        self.values = np.load(file, mmap_mode="r")
+        self.ends = np.cumsum(n_trained)
+
+    def __getitem__(self, example):
+        end = self.ends[example["index"]]
+        return self.values[end - example["n_trained"] : end]
+
+
+def cache_file(kind, decides, args):
+    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    file = Path(args.cache_dir, f"{kind}-{key}.npy")
+    found = [file.exists()]
+    dist.broadcast_object_list(found)
+    return file, found[0]
+
+
 @torch.no_grad()
-def forward_logps(model, trees, args, device):
-    """Per-token log-probs of all responses of all trees, end to end [N]: split over ranks, known to all."""
-    rank, world_size, started, parts = dist.get_rank(), dist.get_world_size(), time.time(), []
-    most = 4 * args.micro_train_batch_size  # without a gradient, more fits
-    size = 8 * most * world_size
-    for begin in range(0, len(trees), size):
-        batch = trees[begin : begin + size]
-        lengths = [sum(int(trained.sum()) for trained in tree["trained"]) for tree in batch]
-        flat = torch.zeros(sum(lengths), device=device)
-        for bin in split_step(list(map(tree_length, batch)), world_size, most)[rank]:
-            members = bin or [0]  # an empty bin runs a dummy, as every forward may be a collective
-            logps = model(pack_trees([batch[j] for j in members], device))
-            for j, values in zip(bin, logps.split([lengths[j] for j in members]), strict=False):
-                flat.split(lengths)[j].copy_(values)
-        dist.all_reduce(flat)
-        parts.append(flat)
-        note(f"reference: {begin + len(batch):,} of {len(trees):,} in {time.time() - started:.0f} s")
-    return torch.cat(parts)
+def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args):
+    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
 
-
-def reference_logps(trees, path, weights, args, device):
-    """Gives each tree "ref_logps", per-token log-probs of its k responses under the model at path: k arrays.
-
-    Computed once and kept in --cache_dir under a hash of what decides them: token ids, trained masks, the
-    weights' fingerprint (needed on rank 0), dtype. Nothing else: another learning rate or beta reuses them.
+    examples_of(indices) -> examples. Each rank writes the values of its share into one file, which appears
+    by rename: several nodes need a shared disk.
     """
-    lengths = [int(trained.sum()) for tree in trees for trained in tree["trained"]]
-    flat, hit = torch.zeros(sum(lengths), device=device), [False]
+    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
+    dist.broadcast_object_list(partial)
     if dist.get_rank() == 0:
-        key = hashlib.sha256(f"version 1, {weights}, {'bf16' if args.bf16 else 'fp32'}".encode())
-        for tree in trees:
-            for array in (tree["prompt"], *tree["responses"], *tree["trained"]):
-                key.update(len(array).to_bytes(8, "little") + array.tobytes())
-        file = Path(args.cache_dir).expanduser() / f"{key.hexdigest()}.logps"  # a sha256 and fp32 values
-        data = file.read_bytes() if file.exists() else b""
-        hit = [len(data) == 32 + 4 * len(flat) and hashlib.sha256(data[32:]).digest() == data[:32]]
-        if hit[0]:
-            flat.copy_(torch.frombuffer(bytearray(data[32:]), dtype=torch.float32))
-            note(f"reference: cached in {file}")
-    dist.broadcast_object_list(hit)
-    if hit[0]:
-        dist.broadcast(flat, 0)
-    else:
-        model = frozen_model(path, args, device, args.ref_offload)
-        flat = forward_logps(model, trees, args, device)
-        for p in model.parameters() if args.zero_stage == 3 else ():  # DeepSpeed's globals keep the model
+        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
+    dist.barrier()
+    output = np.load(partial[0], mmap_mode="r+")
+    ends = np.cumsum(n_trained)
+    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
+    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
+        members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
+        examples = examples_of(members)
+        values = engine(pack_fn(examples, engine.device)).float().cpu().numpy()
+        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
+            output[ends[i] - len(part) : ends[i]] = part
+    output.flush()
+    for p in engine.parameters():
+        if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
             p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
-        del model
-    flat = flat.cpu().numpy()
-    if not hit[0] and dist.get_rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")  # beside: another run may write the same
-        part.write_bytes(hashlib.sha256(flat.tobytes()).digest() + flat.tobytes())
-        os.replace(part, file)
-    arrays = iter(np.split(flat, np.cumsum(lengths)[:-1]))
-    for tree in trees:
-        tree["ref_logps"] = [next(arrays) for _ in tree["responses"]]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.replace(partial[0], file)
+    dist.barrier()
 
 
-def epoch_order(trees, seed, epoch):
-    """A random order of the examples, in which those of each label (kto.py has two) are spread evenly."""
-    rng, labels = np.random.default_rng([seed, epoch]), np.array([tree.get("label", 0) for tree in trees])
-    place = np.empty(len(trees))
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    order = np.argsort(place)
-    if epoch == 0:  # the longest example comes first of its label: where memory is short, step 1 shows it
-        longest = np.argmax(list(map(tree_length, trees)))
-        i, j = np.flatnonzero(labels[order] == labels[longest])[0], np.flatnonzero(order == longest)[0]
-        order[[i, j]] = order[[j, i]]
+def check_rows(engine, args):
+    """check_attention on two made-up rows."""
+    two = [{"input_ids": np.arange(n) * 7 % 100, "trained": np.arange(n) > 4} for n in (17, 23)]
+    alone = [pack_rows([example], engine.device) for example in two]
+    check_attention(engine, pack_rows(two, engine.device), alone, args)
+
+
+def choose_partners(prompts, seed):
+    """[N], for each row the next one with another prompt, in a random order that the seed fixes.
+
+    prompts [N]: a number for each row's prompt. Where all have the same, it is just the next row.
+    """
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    shuffled = prompts[order]
+    ends = np.flatnonzero(shuffled != np.roll(shuffled, -1))  # behind these another prompt begins
+    if not len(ends):
+        ends = np.arange(len(prompts))
+    end = ends[np.searchsorted(ends, np.arange(len(prompts))) % len(ends)]
+    partners = np.empty_like(order)
+    partners[order] = order[(end + 1) % len(prompts)]
+    return partners
+
+
+class Rows:
+    """The N rows of a table by number and, as N to 2N - 1, the same prompts with their partners' responses.
+
+    Each has the reference's log-probs: see reference_rows. Without z0 there are no partners.
+    """
+
+    def __init__(self, table, args):
+        self.table, self.max_len, self.ref_logps = table, args.max_len, None
+        self.prompts = self.responses = np.arange(len(table))
+        if not args.apo_zero_unpaired:
+            partners = choose_partners(column(table, "prompt_hash"), args.seed)
+            self.prompts, self.responses = np.tile(self.prompts, 2), np.append(self.prompts, partners)
+        n_trained = column(table, "n_trained")
+        n_prompt = (column(table, "length") - n_trained)[self.prompts]
+        self.n_trained = np.minimum(n_trained[self.responses], args.max_len - n_prompt)
+        self.lengths = n_prompt + self.n_trained
+
+    def fetch(self, indices):
+        """Their examples, as fetch gives those of a table."""
+        examples = fetch(self.table, self.prompts[indices])
+        partners = fetch(self.table, self.responses[indices])
+        for i, example, partner in zip(indices, examples, partners):
+            n_prompt = example["length"] - example["n_trained"]
+            response = partner["input_ids"][partner["length"] - partner["n_trained"] :]
+            ids = np.concatenate([example["input_ids"][:n_prompt], response])[: self.max_len]
+            example |= {"index": i, "input_ids": ids, "trained": np.arange(len(ids)) >= n_prompt}
+            example |= {"length": len(ids), "n_trained": len(ids) - n_prompt}
+            if self.ref_logps:
+                example["ref_logps"] = self.ref_logps[example]
+        return examples
+
+
+def reference_rows(tables, args, device):
+    """{table's fingerprint: its Rows with the reference's log-probs}."""
+    path = args.ref_pretrain or args.pretrain
+    found_rows = {}
+    for table in tables:
+        rows = Rows(table, args)
+        decides = [table._fingerprint, args.apo_zero_unpaired, args.seed, path, stamp(path), args.bf16]
+        file, found = cache_file("logps", decides, args)
+        if not found:
+            engine = start_frozen(path, args, device, args.ref_offload)
+            check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the policy's alone
+            write_values(file, engine, rows.fetch, rows.lengths, rows.n_trained, (), pack_rows, args)
+            del engine  # before another one is loaded
+        rows.ref_logps = PerToken(file, rows.n_trained)
+        found_rows[table._fingerprint] = rows
+    return found_rows
+
+
+def count_classes(desirable, args):
+    """Prints how many rows are desirable, and what Eq. 8 of arXiv:2402.01306 wants; stops without both."""
+    good = int(desirable.sum())
+    bad = len(desirable) - good
+    if not good or not bad:
+        die(f"{good} desirable and {bad} undesirable rows: KTO needs both")
+    share = args.desirable_loss_weight * good / (args.undesirable_loss_weight * bad)
+    weight = args.desirable_loss_weight * good / bad / 1.15
+    advice = "in" if 1 <= share <= 4 / 3 else f"--undesirable_loss_weight {weight:.3g} puts it in"
+    ratio = f"w_D n_D / (w_U n_U) = {share:.2f}, {advice} [1, 4/3]"
+    note(f"labels {good:,} desirable, {bad:,} undesirable: {ratio}")
+
+
+# --- files. A folder is written beside and renamed; its last file, args.json, says which run made it
+
+
+def identify(args, inputs):
+    """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
+    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_FLAGS}
+    identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    identity["ranks"] = int(os.environ["WORLD_SIZE"])
+    for flag, names in inputs.items():
+        identity[f"files of {flag}"] = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
+    return json.loads(json.dumps(identity))  # as it will be read back
+
+
+def read_record(folder):
+    """What args.json of a complete folder says, else {}."""
+    path = Path(folder, "args.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_record(folder, identity):
+    """args.json: the identity of the run, and the model files beside it."""
+    record = {**identity, "model_files": stamp(folder)}
+    Path(folder, "args.json").write_text(json.dumps(record, indent=1))
+
+
+def difference(folder, identity):
+    """In words, what makes this another run than the one that made the folder; "" if nothing does."""
+    record = read_record(folder)
+    made = record.get("model_files", [])
+    changed = []
+    for key, value in identity.items():
+        # A model that was trained in place is an input that this run itself has changed.
+        own_output = key.startswith("files of ") and made and all(file in value[0] for file in made)
+        if record.get(key) != value and not own_output:
+            changed.append(key)
+    if not changed:
+        return ""
+    return f"{', '.join(changed)} changed. If that is harmless, edit {folder}/args.json"
+
+
+def checkpoints(args):
+    """Folders of all complete checkpoints, newest first."""
+    folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def publish(args):
+    """Moves a finished model from <save_path>.partial into place; after a kill it goes on where it was.
+
+    In a folder that is there already only the model is replaced, and args.json comes last.
+    """
+    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
+    record = read_record(partial)
+    if not record:
+        return
+    if not target.exists():
+        os.rename(partial, target)
+        return
+    (target / "args.json").unlink(missing_ok=True)
+    new = [name for name, *_ in record["model_files"]]
+    for path in [*target.glob("*.safetensors*"), *target.glob("pytorch_model*")]:
+        if path.name not in new:
+            path.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "args.json"):
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+        os.replace(path, target / path.name)
+    partial.rmdir()
+
+
+def open_run(args, identity):
+    """The step to resume from, 0 for none, or None where the model is complete. For rank 0 alone."""
+    target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
+    if (target / "config.json").exists():
+        changed = difference(target, identity)
+        if not changed:
+            shutil.rmtree(args.ckpt_path, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            note(f"done   {target} is complete and made by this command: nothing to do")
+            return None
+        if target.resolve() != Path(args.pretrain).resolve():
+            die(f"--save_path {target} holds another model: {changed}, or choose another folder")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        die(f"--save_path {target} cannot be written: {e.strerror}")
+    for folder in checkpoints(args)[:1]:
+        changed = difference(folder, identity)
+        if changed:
+            die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
+        note(f"resume {folder}")
+        return int(folder.name[5:])
+    shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
+    partial.mkdir()
+    return 0
+
+
+def save_checkpoint(engine, args, step, identity):
+    """All that decides a run's future, in <ckpt_path>/step_N. Randomness is seeded by step: see main."""
+    partial = Path(args.ckpt_path, f"step_{step}.partial")
+    engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
+    if dist.get_rank() == 0:
+        write_record(partial, identity)
+        os.rename(partial, partial.with_suffix(""))
+        for folder in checkpoints(args)[args.max_ckpt_num :]:
+            shutil.rmtree(folder)
+    dist.barrier()
+
+
+def save_model(engine, tokenizer, args, identity):
+    """The trained model as a Hugging Face folder at --save_path, LoRA merged into it."""
+    zero3 = args.zero_stage == 3
+    weights = engine._zero3_consolidated_16bit_state_dict() if zero3 else engine.module.state_dict()
+    if dist.get_rank() == 0:
+        partial = Path(f"{args.save_path}.partial")
+        weights = {name.removeprefix("model."): value for name, value in weights.items()}
+        model = engine.module.model
+        if args.lora_rank:
+            model = add_lora(load_model(args.pretrain, args), args)
+            model.load_state_dict(weights)
+            model = model.merge_and_unload()
+            weights = model.state_dict()
+        model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
+        tokenizer.save_pretrained(partial)
+        write_record(partial, identity)
+        publish(args)
+        shutil.rmtree(args.ckpt_path, ignore_errors=True)
+    dist.barrier()
+
+
+def open_log(args, start_step):
+    """A function (step, metrics) that appends to metrics.jsonl, once lines after start_step are dropped."""
+    path = Path(f"{args.save_path}.partial/metrics.jsonl")
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
+    wandb = None
+    if args.use_wandb and importlib.util.find_spec("wandb"):
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        wandb = importlib.import_module("wandb")
+        wandb.init()
+    elif args.use_wandb:
+        note("notice wandb is not installed: metrics are in metrics.jsonl only")
+
+    def log(step, metrics):
+        with open(path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if wandb:
+            wandb.log(metrics, step=step)
+
+    return log
+
+
+# --- console and main
+
+
+def epoch_order(lengths, seed, epoch):
+    """A random order of the examples, the longest in front: where memory is short, step 1 shows it."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    if epoch == 0:
+        longest = np.flatnonzero(order == np.argmax(lengths))[0]
+        order[[0, longest]] = order[[longest, 0]]
     return order
 
 
-def learning_rate(args, step, total_steps):
-    """Learning rate of step 1 .. total_steps: linear warm-up that ends at the peak, then the schedule."""
-    warmup = math.ceil(args.lr_warmup_ratio * total_steps)
-    if step <= warmup:
-        return args.learning_rate * step / warmup
-    progress = (step - warmup - 1) / max(1, total_steps - warmup)  # 0 at the first step behind the warm-up
-    if args.lr_scheduler == "linear":
-        return args.learning_rate * (1 - progress)
-    if args.lr_scheduler.startswith("cosine"):
-        floor = args.min_lr_ratio if args.lr_scheduler == "cosine_with_min_lr" else 0.0
-        return args.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-    return args.learning_rate
+def balanced_order(order, desirable):
+    """The order with both classes spread evenly over it; the first of each class are its first two."""
+    place = np.empty(len(order))
+    for members in (order[desirable[order]], order[~desirable[order]]):
+        place[members] = np.arange(len(members)) / len(members)
+    return np.argsort(place, kind="stable")
 
 
-def run_batch(engine, trees, loss_fn, args, train):
-    """Forward (and backward) over the examples of one optimiser step, split over ranks and forward passes.
-
-    loss_fn(engine(pack), pack) -> (loss, {name: share}): both divided by the size of the whole batch, so that
-    they simply add up. Returns {name: mean over the batch}, the same on all ranks.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    most = max(len(tree["responses"]) for tree in trees)
-    budget = args.micro_train_batch_size * args.max_len * most if args.packing_samples else None
-    bins = split_step(list(map(tree_length, trees)), world_size, args.micro_train_batch_size, budget)[rank]
-    total = 0
-    for i, bin in enumerate(bins):
-        # fewer examples than ranks: a dummy that counts nothing, as every forward is a collective
-        weight, members = (1.0, [trees[j] for j in bin]) if bin else (0.0, [min(trees, key=tree_length)])
-        pack = pack_trees(members, engine.device)
-        engine.set_gradient_accumulation_boundary(i == len(bins) - 1)
-        with torch.set_grad_enabled(train):
-            loss, shares = loss_fn(engine(pack), pack)
-        if train:
-            engine.backward(loss * weight * world_size)  # DeepSpeed takes the mean over ranks
-        total = total + weight * torch.stack([value.detach().double() for value in shares.values()])
-    dist.all_reduce(total)
-    return dict(zip(shares, total.tolist(), strict=True))
-
-
-def evaluate(engine, trees, make_loss, size, args):
-    """Means of the loss's metrics over held-out examples, as eval/...; size(trees): the weight of a batch."""
-    engine.eval()
-    means = collections.Counter()
-    for begin in range(0, len(trees), args.train_batch_size):
-        batch = trees[begin : begin + args.train_batch_size]
-        for name, value in run_batch(engine, batch, make_loss(batch), args, train=False).items():
-            means[f"eval/{name}"] += value * size(batch) / size(trees)
-    engine.train()
-    return dict(means)
+def mark_trained(ids, trained, tokenizer):
+    """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
+    edges = np.flatnonzero(np.diff(trained.astype(int))) + 1
+    # Decoded from the start each time: tokens on their own would lose their blanks.
+    texts = ["", *[tokenizer.decode(ids[:edge]) for edge in [*edges, len(ids)]]]
+    pieces = [text[len(before) :] for before, text in zip(texts, texts[1:])]
+    marked = [f"[{piece}]" if i % 2 else piece for i, piece in enumerate(pieces)]
+    return repr(marked[0][-60:] + "".join(marked[1:])[:240])
 
 
 def console_line(step, total_steps, metrics, seconds_left):
     """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
-    short = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
-    short |= {"grad_norm": "grad", **{f"eval/{name}": f"eval {label}" for name, label in short.items()}}
-    parts = [f"{label} {metrics[name]:<7.4g}" for name, label in short.items() if name in metrics]
-    if "lr" in metrics:
-        parts += [f"lr {metrics['lr']:.1e}", f"{metrics['tokens_per_sec']:,.0f} tok/s"]
-        eta = datetime.timedelta(seconds=int(seconds_left))
-        parts += [f"{metrics['peak_mem_gib']:.1f} GiB", f"eta {eta}"]
-    return f"step {step:>5}/{total_steps}  {'  '.join(parts)}"
-
-
-def catch_signals():
-    """A list that is no longer empty when SIGTERM or SIGINT has come: main then saves and ends."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: caught.append(number))
-    return caught
-
-
-def on_any_rank(values, device):
-    """Whether the list has a value on any rank."""
-    count = torch.tensor(float(len(values)), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
-
-
-def stop_not_finite(step, metrics, batch, args):
-    """Ends the program before anything is saved; the rows of the batch are in a file beside --save_path."""
-    path, rows = f"{args.save_path}.step_{step}.jsonl", [{"row": t["where"], **t["row"]} for t in batch]
-    if dist.get_rank() == 0:
-        Path(path).write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
-    found = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    die(f"step {step}: not finite: {found}; its batch is in {path}, the first row is {batch[0]['where']}")
-
-
-def announce(engine, trees, tokenizer, total_steps, args):
-    """What is about to run: model, batches, memory, one example."""
-    world_size, device = dist.get_world_size(), str(engine.device)[:4]
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in engine.module.parameters()]
-    n_parameters, n_tuned = sum(n for n, _ in sizes), sum(n for n, tuned in sizes if tuned)
-    model_name = f"{Path(args.pretrain).name} {n_parameters / 1e6:,.1f}M {'bf16' if args.bf16 else 'fp32'}"
-    note(f"{Path(__file__).stem:<6} {model_name} | ZeRO-{args.zero_stage} | {world_size} x {device}")
-    n_tokens = sum(map(tree_length, trees))
-    n_trained = sum(int(trained.sum()) for tree in trees for trained in tree["trained"])
-    tokens = f"{n_tokens / 1e6:.2f}M tokens per epoch, {n_trained / n_tokens:.0%} trained"
-    note(f"batch  {args.train_batch_size} examples/step | {total_steps} steps | {tokens}")
-    weights = n_parameters * (2 if args.bf16 else 4) / (world_size if args.zero_stage == 3 else 1) / 2**30
-    gradients = n_tuned * 4 / (world_size if args.zero_stage > 1 else 1) / 2**30
-    states = f"gradients {gradients:.2f}, optimiser {n_tuned * 12 / world_size / 2**30:.2f}"
-    note(f"memory GiB per rank: weights {weights:.2f}, {states}; activations: step 1 has the longest example")
-    show_sample(tokenizer, trees[0])
-
-
-def show_sample(tokenizer, tree):
-    """One example as text, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
-    pieces, before = [tokenizer.decode(tree["prompt"])[-60:]], False
-    for token, trained in zip(tree["responses"][0][:50], tree["trained"][0], strict=False):
-        pieces += ["[" if trained > before else "]" if before > trained else "", tokenizer.decode(token)]
-        before = trained
-    end = " ..." if len(tree["responses"][0]) > 50 else "]" if before else ""
-    note(f"sample {(''.join(pieces) + end)!r}   <- [..] is trained")
-
-
-def read_label(value, where):
-    """True or False from a row's label; anything doubtful stops."""
-    table = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    if str(value).lower() not in table:
-        die(f"{where}: label {value!r} is neither true, 1 nor false, 0 (--label_key)")
-    return table[str(value).lower()]
-
-
-def unpaired_rows(rows, args):
-    """Rows with a prompt, a response and a label, as (where, {"prompt", "response", "label", ...})."""
-    if {"chosen", "rejected"} <= {*rows[0][1]} and not args.input_key:
-        unpaired = []
-        for where, row in rows:
-            for key in ("chosen", "rejected"):
-                own = {"response": row.get(key), "label": key == "chosen"}
-                if f"{key}_finish_reason" in row:  # pairs of batch_infer.py
-                    own["finish_reason"] = row[f"{key}_finish_reason"]
-                unpaired.append((f"{where} {key}", {**row, **own}))
-        return unpaired
-    responses = ("completion", "output", "response")
-    layouts = [(p, r) for p in ("prompt", "input", "instruction", "question") for r in responses]
-    layouts += [("messages", None), ("conversations", None)]
-    flags = ("--input_key", "--output_key")
-    prompt_key, response_key = find_keys(rows, (args.input_key, args.output_key), flags, layouts)
-    find_keys(rows, (args.label_key,), ("--label_key",), ())
-    unpaired = []
-    for where, row in rows:
-        response = row.get(response_key) if response_key else []
-        label = read_label(row.get(args.label_key), where)
-        unpaired.append((where, {**row, "prompt": row.get(prompt_key), "response": response, "label": label}))
-    return unpaired
-
-
-def response_texts(row, tokenizer, args):
-    """The rendered text of an unpaired row, as a list of one."""
-    prompt, response = row.get("prompt"), row["response"]
-    if isinstance(response, str) and not response.strip():
-        raise ValueError("empty response")
-    turns = as_messages(response, "assistant") if isinstance(response, list) else []
-    if turns and turns[0]["role"] != "assistant":
-        prompt, response = response, []  # a whole conversation, which holds any prompt column too
-    return [render(tokenizer, prompt, response, args, row.get("finish_reason"))]
-
-
-def mismatched(batch, max_len):
-    """Each prompt of a batch with the next different response in it: the trees that z0 is taken from."""
-    trees = []
-    for i, tree in enumerate(batch):
-        ids = tree["responses"][0]
-        others = (batch[(i + j) % len(batch)] for j in range(1, len(batch)))
-        other = next((o for o in others if not np.array_equal(o["responses"][0], ids)), tree)
-        room = max_len - len(tree["prompt"])
-        response, trained = other["responses"][0][:room], other["trained"][0][:room]
-        pair = {"prompt": tree["prompt"], "responses": [response], "trained": [trained]}
-        trees.append({**pair, "where": f"{tree['where']} ~ {other['where']}"})
-    return trees
-
-
-def log_ratios(per_token_logps, pack):
-    """(r, logps), [B] each: a pack's responses' log pi - log ref and log pi, in summed nats."""
-    ref = torch.from_numpy(np.concatenate([tree["ref_logps"][0] for tree in pack["trees"]]))
-    per_token = torch.stack([per_token_logps - ref.to(per_token_logps.device), per_token_logps])
-    return torch.zeros(2, len(pack["trees"]), device=per_token.device).index_add(1, pack["owners"], per_token)
+    labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
+    labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    left = datetime.timedelta(seconds=int(seconds_left))
+    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
 
 
 def main(args):
     rank, world_size, device = setup(args)
-    started = time.time()
-    tokenizer, stop_ids = load_tokenizer(args.pretrain, args)
-
-    # --- algorithm: kto (rows)
-    if args.beta <= 0:
-        die(f"--beta must be above 0, not {args.beta}")
-
-    def to_trees(names, probs, split):
-        rows = unpaired_rows(load_rows(names, probs, split, args.max_samples), args)
-        texts = functools.partial(response_texts, tokenizer=tokenizer, args=args)
-        trees, dropped = build_trees(rows, texts, tokenizer, stop_ids, args)
-        for tree in trees:
-            tree["label"] = tree["row"]["label"]
-        good = sum(tree["label"] for tree in trees)
-        bad = len(trees) - good
-        if not good or not bad:
-            die(f"dataset {names!r}: {good} desirable and {bad} undesirable rows: KTO needs both")
-        share = args.desirable_loss_weight * good / (args.undesirable_loss_weight * bad)
-        weight = args.desirable_loss_weight * good / bad / 1.15
-        advice = "in" if 1 <= share <= 4 / 3 else f"--undesirable_loss_weight {weight:.3g} puts it in"
-        ratio = f"w_D n_D / (w_U n_U) = {share:.2f}, {advice} [1, 4/3]"
-        note(f"labels {good:,} desirable, {bad:,} undesirable: {ratio}")
-        return trees, dropped
-
-    inputs = {"data": args.dataset, "weights": args.pretrain}
-    if args.ref_pretrain:
-        inputs["reference"] = args.ref_pretrain
+    if rank == 0:
+        publish(args)  # what a run had finished that was killed while it moved its model into place
+    tokenizer = load_tokenizer(args.pretrain, args)
+    # --- algorithm: kto (inputs)
+    inputs = {"pretrain": args.pretrain, "dataset": args.dataset, "ref_pretrain": args.ref_pretrain or ""}
     # --- end algorithm
-    trees, dropped = to_trees(args.dataset, args.dataset_probs, args.dataset_split)
-    eval_trees = to_trees(args.eval_dataset, None, args.eval_split)[0] if args.eval_dataset else []
-    steps_per_epoch = math.ceil(len(trees) / args.train_batch_size)
-    total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps or 2**31)
-    if len(trees) < args.train_batch_size:
-        note(f"notice {len(trees)} examples for --train_batch_size {args.train_batch_size}: one smaller step")
+    identity = identify(args, inputs)
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
+    held_out = []
+    if args.eval_dataset:
+        held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+    lengths, n_trained = column(examples, "length"), column(examples, "n_trained")
+    steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
+    total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps or sys.maxsize)
+    if len(examples) < args.train_batch_size:
+        note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
-    order_of = functools.cache(functools.partial(epoch_order, trees, args.seed))
-
-    def batch_of(step):
-        epoch, index = divmod(step - 1, steps_per_epoch)
-        first = index * args.train_batch_size
-        return [trees[i] for i in order_of(epoch)[first : first + args.train_batch_size]]
-
-    identity, state, lock = None, [None], None
-    if rank == 0:  # hashing may take long: before the process group, whose collectives time out
-        identity = identify(args, inputs, world_size)
-        state[0], lock = (0, None) if args.dry_run else open_run(args, identity)
-    connect(device)
+    connect(device, args)
+    state = [open_run(args, identity) if rank == 0 else None]
     dist.broadcast_object_list(state)
-    if state[0] == "done":
-        return
     start_step = state[0]
+    if start_step is None:
+        return
 
     # --- algorithm: kto (model)
-    reference = identity and identity.get("reference", identity["weights"])
-    pairs, size_of_batch = [], args.train_batch_size
-    if not args.apo_zero_unpaired:  # z0's rows are known now, as the seed decides every batch
-        batches = [batch_of(step) for step in range(1, total_steps + 1)]
-        eval_trees = [eval_trees[i] for i in epoch_order(eval_trees, args.seed, 1)]  # both classes in a batch
-        batches += [eval_trees[i : i + size_of_batch] for i in range(0, len(eval_trees), size_of_batch)]
-        pairs = [pair for batch in batches for pair in mismatched(batch, args.max_len)]
-        note(f"z0     {len(pairs):,} mismatched rows: one more pass of reference and policy each")
-    reference_logps(trees + eval_trees + pairs, args.ref_pretrain or args.pretrain, reference, args, device)
-    ref_of = {pair["where"]: pair["ref_logps"] for pair in pairs}
-    engine = start_engine(args, LogProbs)
+    tables = [examples, held_out] if held_out else [examples]
+    for table in tables:
+        count_classes(column(table, "desirable"), args)
+    rows_of = reference_rows(tables, args, device)
+    engine = start_engine(args, total_steps)
+    check_rows(engine, args)
+
+    def take_step(table, indices, train=True):
+        rows = rows_of[table._fingerprint]
+        mismatched = [] if args.apo_zero_unpaired else rows.fetch(indices + len(table))
+        metrics = kto_step(engine, rows.fetch(indices), mismatched, args, train)
+        if train and engine.global_steps == 0 and not args.ref_pretrain:
+            check_first_loss(metrics, n_trained[indices].mean(), args)
+        return metrics
+
+    def order_of(epoch):
+        return balanced_order(epoch_order(lengths, args.seed, epoch), column(examples, "desirable"))
+
+    shown = fetch(examples, [0])[0]
+    sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)
     # --- end algorithm
-    check_attention(engine, device, args)
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step}")
-    log = open_log(args, start_step) if rank == 0 and not args.dry_run else None
+    n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
+    note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
+    note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
+    note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
+    note(f"sample {sample}   <- [..] is trained")
+    log = open_log(args, start_step) if rank == 0 else None
 
-    # --- algorithm: kto (step)
-    def size(batch):
-        return len(batch)
-
-    def make_loss(batch):
-        weights, kl = (args.desirable_loss_weight, args.undesirable_loss_weight), 0.0
-        if not args.apo_zero_unpaired:
-            others = mismatched(batch, args.max_len)
-            others = [{**pair, "ref_logps": ref_of[pair["where"]]} for pair in others]
-
-            def kl_share(per_token_logps, pack):
-                share = log_ratios(per_token_logps, pack)[0].sum() / len(batch)
-                return share, {"kl": share}
-
-            kl = run_batch(engine, others, kl_share, args, train=False)["kl"]
-        kl = torch.tensor(kl, device=engine.device).clamp(min=0)
-
-        def loss_fn(per_token_logps, pack):
-            logratios, logps = log_ratios(per_token_logps, pack)
-            good = torch.tensor([tree["label"] for tree in pack["trees"]], device=logps.device)
-            loss = kto_loss(logratios, good, kl.to(logratios), args.beta, *weights).sum() / len(batch)
-            shares = {"loss": loss, "kl": kl * len(good) / len(batch), "desirable": good.sum() / len(batch)}
-            for name, kind in (("chosen", good), ("rejected", ~good)):  # to be divided by the kind's share
-                shares[f"rewards/{name}"] = args.beta * (logratios * kind).sum() / len(batch)
-                shares[f"logps/{name}"] = (logps * kind).sum() / len(batch)
-            return loss, shares
-
-        return loss_fn
-
-    # --- end algorithm
-    announce(engine, trees, tokenizer, total_steps, args)
-    stopped = catch_signals()
-    for step in range(start_step, total_steps + 1):
-        metrics, tick = {}, time.time()
-        if step > start_step:
-            batch = batch_of(step)
-            torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
-            for group in engine.optimizer.param_groups:
-                group["lr"] = learning_rate(args, step, total_steps)
-            metrics = run_batch(engine, batch, make_loss(batch), args, train=True)
-            if all(map(math.isfinite, metrics.values())):
-                engine.step()
-                metrics["grad_norm"] = float(engine.get_global_grad_norm())
-            if not all(map(math.isfinite, metrics.values())):
-                stop_not_finite(step, metrics, batch, args)
-            seconds = time.time() - tick
-            metrics["lr"] = learning_rate(args, step, total_steps)
-            metrics["epoch"] = step / steps_per_epoch
-            metrics["tokens_per_sec"] = sum(map(tree_length, batch)) / seconds
-            metrics["samples_per_sec"] = len(batch) / seconds
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            metrics["peak_mem_gib"] = (peak if device == "cpu" else torch.cuda.max_memory_allocated()) / 2**30
-        evaluates = step % (args.eval_steps if args.eval_steps > 0 else steps_per_epoch) == 0
-        evaluates = evaluates or (step == total_steps and args.eval_steps <= 0)
-        if eval_trees and evaluates and (metrics or step == 0):
-            metrics |= evaluate(engine, eval_trees, make_loss, size, args)
-        # --- algorithm: kto (metrics)
-        for prefix in [prefix for prefix in ("", "eval/") if f"{prefix}loss" in metrics]:
-            good = metrics.pop(f"{prefix}desirable")
-            for name, share in (("chosen", good), ("rejected", 1 - good)):
-                for key in (f"{prefix}rewards/{name}", f"{prefix}logps/{name}"):
-                    metrics[key] = metrics[key] / share if share > 1e-9 else 0.0
-            metrics[f"{prefix}desirable"] = good
-            chosen, rejected = (metrics[f"{prefix}rewards/{name}"] for name in ("chosen", "rejected"))
-            metrics[f"{prefix}rewards/margins"] = chosen - rejected
-        if step == 1 > start_step and not args.ref_pretrain:
-            good, weights = metrics["desirable"], (args.desirable_loss_weight, args.undesirable_loss_weight)
-            known = (good * weights[0] + (1 - good) * weights[1]) / 2
-            if abs(metrics["loss"] - known) > (0.05 if args.bf16 else 1e-5) * known:
-                die(f"step 1: policy = reference, so the loss must be {known}, but is {metrics['loss']}")
-        # --- end algorithm
-        if log and metrics and (step % args.logging_steps == 0 or step == total_steps or evaluates):
+    def report(step, metrics, seconds_left=0):
+        if rank == 0:
             log(step, metrics)
-            left = (total_steps - step) * (time.time() - started) / max(1, step - start_step)
-            note(console_line(step, total_steps, metrics, left))
-        if args.dry_run and step > start_step:
-            return note(f"dry run: {console_line(step, total_steps, metrics, 0)}  nothing is saved")
-        stops = on_any_rank(stopped, engine.device)
-        saves = args.save_steps > 0 and step % args.save_steps == 0
-        if (saves or stops) and start_step < step < total_steps:
+            note(console_line(step, total_steps, metrics, seconds_left))
+
+    def evaluate():
+        engine.eval()
+        metrics = take_step(held_out, np.arange(len(held_out)), train=False)
+        engine.train()
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    if held_out and start_step == 0:
+        report(0, evaluate())
+    eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
+    seconds = 0.0
+    for step in range(start_step + 1, total_steps + 1):
+        epoch, place = divmod(step - 1, steps_per_epoch)
+        if place == 0 or step == start_step + 1:
+            order = order_of(epoch)
+        batch = order[place * args.train_batch_size :][: args.train_batch_size]
+        torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
+        began = time.time()
+        metrics = take_step(examples, batch)
+        metrics["lr"] = engine.get_lr()[0]
+        engine.step()
+        metrics["grad_norm"] = float(engine.get_global_grad_norm())
+        if not all(map(math.isfinite, metrics.values())):
+            die(f"step {step} is not finite: {metrics}; its first row is {examples[batch[0]]['where']}")
+        took = time.time() - began
+        seconds += took
+        metrics["epoch"] = step / steps_per_epoch
+        metrics["tokens_per_sec"] = lengths[batch].sum().item() / took
+        metrics["samples_per_sec"] = len(batch) / took
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        metrics["peak_mem_gib"] = (peak if device == "cpu" else torch.cuda.max_memory_allocated()) / 2**30
+        ends = step == total_steps
+        evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
+        if evaluates:
+            metrics |= evaluate()
+        if evaluates or ends or step % args.logging_steps == 0:
+            report(step, metrics, seconds / (step - start_step) * (total_steps - step))
+        if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
-        if stops and step < total_steps:
-            note(f"stopped by a signal after step {step}; the same command continues")
-            return STOPPED
-
-    save_model(engine, tokenizer, args, identity, dropped)
-    took = datetime.timedelta(seconds=int(time.time() - started))
-    note(f"saved  {args.save_path}  ({total_steps} steps, {took})")
-
-
-def disk_is_full(error, folder):
-    """Whether an exception came from a full disk: libraries that write do not always say so."""
-    folder = next(path for path in Path(folder).absolute().parents if path.exists())
-    no_space = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
-    return no_space or shutil.disk_usage(folder).free < 2**20
+    save_model(engine, tokenizer, args, identity)
+    note(f"saved  {args.save_path}  ({total_steps} steps)")
 
 
 if __name__ == "__main__":
-    given = tyro.cli(Args, description=__doc__, args=explain_flags(sys.argv[1:]), use_underscores=True)
     try:
-        code = main(given)
-    except Exception as e:
-        if not disk_is_full(e, given.save_path):
-            raise
-        die(f"no space left: {e}; what was complete is intact: free some, and the same command continues")
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except torch.OutOfMemoryError as e:
+        die(f"out of GPU memory: lower --micro_train_batch_size, add --gradient_checkpointing. {e}")
     sys.stdout.flush()
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     if dist.is_initialized():
         dist.destroy_process_group()
-    os._exit(code or 0)  # skips exit handlers: in some finished DeepSpeed runs they abort
+    os._exit(0)  # skips exit handlers: in some finished DeepSpeed runs they abort

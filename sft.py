@@ -81,9 +81,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = (
-        "~/.cache/flatalign"  # encoded rows and what else the next run finds again; may be deleted
-    )
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else a next run finds; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
@@ -265,8 +263,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
 
     finish_reason is set in rows of batch_infer.py, whose prompt is text that holds template and BOS already.
-    Plain text is a chat whose template just joins the parts. The text is tokenised as a whole, and a token is
-    trained if it ends inside a trained span.
+    Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
     """
     sampled = finish_reason is not None
     chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
@@ -295,10 +292,13 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     trained = np.zeros(len(ids), dtype=bool)
     for i in turns if multiturn else turns[-1:]:
         # From where the answer is asked for, so that what is trained is what will be asked for.
-        asked = os.path.commonprefix([text, render(i, add_generation_prompt=True)])
+        question = render(i, add_generation_prompt=True)
+        asked = os.path.commonprefix([text, question])
+        before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
         # Many templates write a newline behind a turn, which is not trained.
         answered = render(i + 1) if plain else render(i + 1).rstrip()
-        if not text.startswith(answered):  # templates of reasoning models drop the thoughts of earlier turns
+        # Templates of reasoning models drop the thoughts of earlier turns.
+        if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
         trained |= (ends > len(asked)) & (ends <= len(answered))
     if not trained.any():
@@ -338,41 +338,43 @@ def choose_keys(row, args):
 
 
 def encode_row(row, tokenizer, args):
-    """The columns of FEATURES that depend on the algorithm."""
+    """The examples of a row, just one here: the columns of FEATURES that depend on the algorithm."""
     prompt_key, response_key = choose_keys(row, args)
     prompt = row[prompt_key]
     response = row[response_key] if response_key else []
     if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
         prompt, response = "", prompt
-    if prompt_key == "instruction" and prompt and row.get("input"):  # Alpaca's rows
+    if prompt_key == "instruction" and prompt is not None and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
-    return {"input_ids": ids, "trained": trained}
+    return [{"input_ids": ids, "trained": trained}]
 
 
 # --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
 
 
 def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
-    """Yields an example for each row of the spans [(first, last)]; one that cannot be used has a reason.
+    """Yields the examples of each row of the spans [(first, last)]: for one that cannot be used, a reason.
 
     No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
     """
     for first, last in spans:
         for i in range(first, last):
-            example = dict.fromkeys(FEATURES) | {"input_ids": [], "trained": [], "where": f"{name}:{i + 1}"}
-            example["reason"] = ""
+            reason = ""
             try:
                 row = rows[i]
                 if not isinstance(row, dict):
                     raise ValueError("a row must be an object")
-                example |= encode_row(row, tokenizer, args)
-                if max(example["input_ids"]) >= vocab_size:
+                examples = encode_row(row, tokenizer, args)
+                if max(max(example["input_ids"]) for example in examples) >= vocab_size:
                     raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
             except ROW_ERRORS as e:
-                example["reason"] = str(e).partition("\n")[0][:200] or type(e).__name__
-            length = 0 if example["reason"] else len(example["input_ids"])
-            yield example | {"length": length, "n_trained": int(sum(example["trained"]))}
+                reason = str(e).partition("\n")[0][:200] or type(e).__name__
+                examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
+            for example in examples:
+                example |= {"where": f"{name}:{i + 1}", "reason": reason}
+                example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
+                yield example
 
 
 def stamp(path):

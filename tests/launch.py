@@ -1,8 +1,6 @@
 """Runs a script's main() for several configurations in one process group, as starting Python costs ten seconds.
 
     torchrun --nproc_per_node 2 tests/launch.py SCRIPT CONFIGS.json
-
-A changed copy is tested by DPO=my_dpo.py python -m pytest tests/test_dpo.py, and so for the other scripts.
 """
 
 import importlib.util
@@ -13,7 +11,7 @@ from pathlib import Path
 
 
 def load_script(name):
-    """The module of a top-level script, or of the copy that the variable of its name gives, imported by path."""
+    """The module of a script, or of the copy that the environment names: KD=my_kd.py tests my_kd.py."""
     path = Path(__file__).parent.parent / os.environ.get(name.upper(), f"{name}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

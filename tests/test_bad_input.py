@@ -125,8 +125,12 @@ def test_cache_dir_that_cannot_be_written(home, monkeypatch, capfd):
     assert list(home.glob("flatalign-*/rows"))
 
 
-@pytest.mark.parametrize("flag, value, named", [("learning_rat", "1", "--learning_rate"), ("zero_stage", "4", "{0,1,2,3}")])
+@pytest.mark.parametrize(
+    "flag, value, named", [("learning_rat", "1", "--learning_rate"), ("zero_stage", "4", "{0,1,2,3}")]
+)
 def test_flags_that_tyro_refuses(flag, value, named, capsys):
     with pytest.raises(SystemExit, match="2"):
-        tyro.cli(sft.Args, args=["--pretrain", "x", "--dataset", "y", f"--{flag}", value], use_underscores=True)
+        tyro.cli(
+            sft.Args, args=["--pretrain", "x", "--dataset", "y", f"--{flag}", value], use_underscores=True
+        )
     assert named in capsys.readouterr().err.replace(" ", "")
