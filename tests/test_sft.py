@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import tyro
 from conftest import CHAT_TEMPLATE, make_model, make_rows, make_tokenizer, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -204,19 +206,19 @@ def test_bf16_has_fp32_master_weights(zero_stage, tiny, run, tmp_path, monkeypat
 # --- log-probabilities, the split of a step, the learning rate
 
 
-@pytest.fixture(scope="module")
-def logps_model(tiny):
-    return sft.LogProbs(sft.load_model(tiny, make_args()))
-
-
-def test_neighbours_in_a_pack_have_no_effect(logps_model):
-    a, b, c = example_of([5, 6, 7, 8, 9], 3), example_of([20, 21, 22, 23], 2), example_of([30, 31])
+def test_neighbours_and_chunks_have_no_effect(tiny, monkeypatch):
+    """On the log-probs of an example: what else lies in its pack, and how many tokens the head takes at once."""
+    model = sft.LogProbs(sft.load_model(tiny, make_args()))
+    a, b, c = example_of([5, 6, 7, 8, 9], 3), example_of(range(20, 60), 2), example_of([30, 31])
     other = example_of([105, 106, 107, 108, 109], 3)  # a's lengths, other tokens
     with torch.no_grad():
-        logps, changed = (logps_model(sft.pack_rows([x, b, c], "cpu")) for x in (a, other))
-        alone = torch.cat([logps_model(sft.pack_rows([x], "cpu")) for x in (a, b, c)])
+        logps, changed = (model(sft.pack_rows([x, b, c], "cpu")) for x in (a, other))
+        alone = torch.cat([model(sft.pack_rows([x], "cpu")) for x in (a, b, c)])
+        monkeypatch.setitem(vars(sft), "max", min)  # a chunk has 16 tokens, not what the budget allows
+        chunked = model(sft.pack_rows([a, b, c], "cpu"))
     assert torch.equal(logps[2:], changed[2:]) and not torch.equal(logps[:2], changed[:2])
-    assert torch.allclose(logps, alone, rtol=0, atol=1e-5)
+    for found in (alone, chunked):
+        assert torch.allclose(logps, found, rtol=0, atol=1e-5)
 
 
 def test_a_pack_by_hand():
@@ -227,19 +229,6 @@ def test_a_pack_by_hand():
     assert pack["segments"]["n_q"] == pack["segments"]["n_k"] == [4, 3]
     assert pack["segments"]["cu_q"].tolist() == [0, 4, 7]
     assert pack["positions"].tolist() == [1, 2, 4, 5] and pack["targets"].tolist() == [12, 13, 50, 51]
-
-
-def test_chunks_of_the_head_have_no_effect(logps_model, monkeypatch):
-    pack = sft.pack_rows([example_of(range(1, 60)), example_of(range(100, 130))], "cpu")
-    grads, logps = [], []
-    for smallest in (False, True):
-        if smallest:
-            monkeypatch.setitem(vars(sft), "max", min)  # 16 rows, not what the budget allows
-        logps_model.zero_grad()
-        logps.append(logps_model(pack))
-        logps[-1].sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in logps_model.parameters()]))
-    assert torch.allclose(*logps, rtol=0, atol=1e-5) and torch.allclose(*grads, rtol=1e-4, atol=1e-4)
 
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -345,7 +334,7 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "BOS in the text": (QA | {"input": "<bos>red"}, {}, "<bos>red", [" old<eos>"]),
     "BOS in the template": ({"messages": CHAT[:2]}, {}, f"<bos>{FIRST}", ["river<eos>"]),
     "BOS, one column": ({"text": "red old"}, {}, "<bos>", ["red old<eos>"]),
-    "BOS, sampled": (SAMPLED | {"input": "<bos>red", "finish_reason": "length"}, {}, "<bos>red", ["old"]),
+    "BOS, sampled": (QA | {"input": "<bos>red", "finish_reason": "length"}, {}, "<bos>red", [" old"]),
 }  # fmt: skip
 
 
@@ -353,7 +342,8 @@ def encode(row, folder, **flags):
     """(text before the first trained token, [text of each trained stretch], ids) of a row."""
     args = make_args(pretrain=folder, **flags)
     tokenizer = sft.load_tokenizer(folder, args)
-    ids, trained = sft.encode_row(row, tokenizer, args).values()
+    (example,) = sft.encode_row(row, tokenizer, args)
+    ids, trained = example["input_ids"], example["trained"]
     edges = np.flatnonzero(np.diff(trained.astype(int), append=0, prepend=0)).reshape(-1, 2)
     texts = [tokenizer.decode(ids[begin:end]) for begin, end in edges]
     return tokenizer.decode(ids[: edges[0][0]]), texts, ids.tolist()
@@ -722,3 +712,104 @@ def test_python_without_launcher(tiny, rows_file, tmp_path):
     lines = done.stdout.splitlines()
     assert " ".join(line.split()[0] for line in lines) == "model data batch sample step step step saved"
     assert all(len(line) < 120 for line in lines if line.startswith("step"))
+
+
+# --- bad input: one line that says what to type instead and exit code 2, before a model is loaded
+
+GOOD = json.dumps(QA) + "\n"
+REWRITES = {"tokenizer_chat_template": "{{ messages | length }}" + CHAT_TEMPLATE}
+STRICT = {"tokenizer_chat_template": "{{ raise_exception('roles must alternate') }}"}
+BROKEN = {"tokenizer_chat_template": "{% for"}
+TWICE = "rows.jsonl,rows.jsonl"
+
+
+def chat_row(*messages):
+    return json.dumps({"messages": messages}) + "\n"
+
+
+BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
+    # --- files
+    "missing file": ({"dataset": "none.jsonl"}, GOOD, ["none.jsonl", "No such file"]),
+    "missing .csv": ({"dataset": "none.csv"}, GOOD, ["none.csv"]),
+    "missing folder": ({"dataset": "none/at-all"}, GOOD, ["none/at-all"]),
+    "missing eval file": ({"eval_dataset": "none.jsonl"}, GOOD, ["none.jsonl"]),
+    "empty file": ({}, "", ["rows.jsonl", "no rows"]),
+    "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "broken JSON", "column 11"]),
+    "row is a list": ({}, GOOD + "[1, 2]\n", [r"rows\.jsonl:2", "must be an object"]),
+    "an object, no list": ({"dataset": "object.json"}, GOOD, ["object.json:1", "must be an object"]),
+    "not UTF-8": ({}, GOOD + '{"input": "caf\xe9"}\n', [r"rows\.jsonl:2", "utf-8"]),
+    # --- columns and values
+    "missing column": ({"input_key": "prompt"}, GOOD, ["columns input, output", "--input_key"]),
+    "unknown columns": ({}, '{"a": "x", "b": "y"}\n', ["rows.jsonl:1", "columns a, b", "--input_key"]),
+    "null": ({}, GOOD + GOOD.replace('"red"', "null"), [r"rows\.jsonl:2", "neither text"]),
+    "no column in row 2": ({}, GOOD + '{"input": "x"}\n', [r"rows\.jsonl:2", "columns input: choose"]),
+    "true": ({}, GOOD + GOOD.replace('"red"', "true"), [r"rows\.jsonl:2", "neither text", "bool"]),
+    "null is no word": ({}, '{"instruction": null, "input": "red", "output": "old"}\n', ["neither text"]),
+    "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
+    "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "prompt >= max_len"]),
+    # --- conversations
+    "no answer": ({}, chat_row(CHAT[0]), ["no assistant turn"]),
+    "turns are numbers": ({}, chat_row(1, 2), [r"rows\.jsonl:1"]),
+    "content in parts": ({}, chat_row(CHAT[0] | {"content": ["x"]}, CHAT[1]), ["needs role and content"]),
+    "template refuses": (STRICT, chat_row(*CHAT[:2]), ["roles must alternate"]),
+    "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
+    "template rewrites an answer": (FORGETS | {"multiturn": True}, chat_row(*THINKING), ["rewrites earlier turns"]),
+    "template is broken": (BROKEN, chat_row(*CHAT[:2]), ["expected token|end of"]),
+    "no template": ({"pretrain": "plain"}, chat_row(*CHAT[:2]), ["chat template|chat_template"]),
+    "no template for text": (CHAT_FLAG | {"pretrain": "plain"}, GOOD, ["--tokenizer_chat_template"]),
+    "missing template file": ({"tokenizer_chat_template": "none.jinja"}, GOOD, ["none.jinja"]),
+    # --- models and outputs
+    "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder nor"]),
+    "no config": ({"pretrain": "no_config"}, GOOD, ["no_config"]),
+    "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
+    "too few positions": ({"max_len": 200}, GOOD, ["--max_len 200", "--max_len 128", "config.json"]),
+    "folder of another run": ({"save_path": "other"}, GOOD, ["--save_path other", "another model", "folder"]),
+    "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path rows.jsonl/out", "Not a directory"]),
+    # --- flags
+    "train_batch_size": ({"train_batch_size": 0}, GOOD, ["--train_batch_size must be 1 or more, not 0"]),
+    "probs are words": ({"dataset": TWICE, "dataset_probs": "x,y"}, GOOD, ["--dataset_probs x,y"]),
+    "probs are few": ({"dataset": TWICE, "dataset_probs": "1"}, GOOD, ["--dataset_probs 1", "2 datasets"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tokenizer):
+    """A folder with models that lack something, and with one of another run."""
+    home = tmp_path_factory.mktemp("bad_input")
+    make_model(home / "model", tokenizer, max_position_embeddings=128)
+    for name in ("plain", "no_config", "other", "small"):
+        shutil.copytree(home / "model", home / name)
+    (home / "plain/chat_template.jinja").unlink()
+    (home / "no_config/config.json").unlink()
+    config = (home / "small/config.json").read_text()
+    (home / "small/config.json").write_text(config.replace('"vocab_size": 512', '"vocab_size": 100'))
+    return home
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(name, home, run, monkeypatch, capfd):
+    flags, content, patterns = BAD_INPUT[name]
+    monkeypatch.chdir(home)
+    Path("rows.jsonl").write_text(content, encoding="latin-1")
+    Path("object.json").write_text(GOOD)
+    monkeypatch.setattr(sft, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    capfd.readouterr()
+    assert run(**{"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", **flags}) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and len(line) < 700 and not Path("out").exists()
+    assert not [pattern for pattern in patterns if not re.search(pattern, line)], line
+
+
+@pytest.mark.parametrize("word, named", [("--learning_rat=1", "--learning_rate"), ("--zero_stage=4", "'4'")])
+def test_flags_that_tyro_refuses(word, named, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tyro.cli(sft.Args, args=["--pretrain", "x", "--dataset", "y", word], use_underscores=True)
+    assert named in capsys.readouterr().err
+
+
+def test_cache_dir_that_cannot_be_written(rows_file, run, tmp_path, monkeypatch, capsys):
+    """A notice, and a temporary folder serves."""
+    monkeypatch.setattr(sft.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert run(cache_dir=f"{rows_file}/cache", max_steps=1) == 0
+    assert f"--cache_dir {rows_file}/cache: Not a directory; a temporary folder" in capsys.readouterr().out
+    assert list(tmp_path.glob("flatalign-*/rows"))
