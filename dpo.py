@@ -114,7 +114,7 @@ class Args:
 
     # --- optimisation
 
-    learning_rate: float = 5e-6  # peak learning rate of AdamW
+    learning_rate: float = 5e-7  # peak learning rate of AdamW
     # decay of the learning rate after the warm-up
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "cosine_with_min_lr"
     lr_warmup_ratio: float = 0.03  # share of all steps with linear warm-up
@@ -303,8 +303,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
     """
     sampled = finish_reason is not None
-    chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
-    plain = sampled or not chat
+    listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
+    plain = not listed and (sampled or not args.apply_chat_template)
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
@@ -741,7 +741,9 @@ LOSSES = {
 
 def takes_means(args):
     """Whether a response counts by its mean log-prob per token."""
-    return args.length_normalized or (LOSSES[args.loss_type].takes_means and not args.ipo_sum)
+    if args.loss_type == "ipo" and args.ipo_sum:
+        return False
+    return args.length_normalized or LOSSES[args.loss_type].takes_means
 
 
 def pair_sums(per_token, counts):
@@ -901,13 +903,12 @@ def deepspeed_config(args, hidden_size):
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        attn_implementation="packed",
-        trust_remote_code=args.trust_remote_code,
-        output_loading_info=True,
-    )
+    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -967,7 +968,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
@@ -1083,6 +1084,7 @@ def reference_logps(tables, args, device):
             check_tree(engine, args)
             examples_of = functools.partial(fetch, table)
             write_values(file, engine, examples_of, lengths, n_trained, (), pack_trees, args)
+            del engine  # before the next one, or the policy, is loaded
         references[table._fingerprint] = PerToken(file, n_trained)
     return references
 
@@ -1279,6 +1281,7 @@ def main(args):
     # --- algorithm: dpo (inputs)
     inputs = {"pretrain": args.pretrain, "dataset": args.dataset}
     if args.ref_pretrain:
+        load_tokenizer(args.ref_pretrain, args)  # stops where there is no such model
         inputs["ref_pretrain"] = args.ref_pretrain
     # --- end algorithm
     identity = identify(args, inputs)
@@ -1312,7 +1315,7 @@ def main(args):
         for example in batch if references else ():
             example["ref_logps"] = references[table._fingerprint][example]
         metrics = dpo_step(engine, batch, args, train)
-        if train and engine.global_steps == 0 and references and not args.ref_pretrain:
+        if train and engine.global_steps == 0 and references and args.ref_pretrain in (None, args.pretrain):
             check_first_step(metrics, args)
         return metrics
 

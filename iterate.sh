@@ -150,9 +150,9 @@ for ((k = 0; k <= TRAINING_ITERS; k++)); do # N trainings lie between N + 1 meas
   stage "${generate[@]}" --pretrain "$policy" --iter "$k" --output_path "$dir/generate.jsonl"
   [[ "${score[*]}" != *--@(pretrain|reward_fn)* ]] || stage "${score[@]}" --dataset "$dir/generate.jsonl" \
     --post_processor "$choose" --scored_path "$dir/scored.jsonl" --output_path "$dir/rm.jsonl"
+  [[ $METHOD$k == @(raft|iter_dpo)0 ]] || measure policy "$policy"
   ((k == 0)) || measure first "$POLICY_MODEL_PATH"
   [[ $METHOD != distill ]] || measure teacher "$TEACHER_MODEL_PATH"
-  [[ $METHOD$k == @(raft|iter_dpo)0 ]] || measure policy "$policy"
   ((k < TRAINING_ITERS)) || break
   stage "${train[@]}" --pretrain "$policy" --dataset "$dir/$rows" --save_path "$dir/model"
   policy=$dir/model

@@ -287,8 +287,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
     """
     sampled = finish_reason is not None
-    chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
-    plain = sampled or not chat
+    listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
+    plain = not listed and (sampled or not args.apply_chat_template)
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
@@ -685,7 +685,9 @@ def response_sums(engine, examples):
 def kto_z0(engine, mismatched, args):
     """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
     total = torch.zeros((), device=engine.device)
-    for members in split_step([example["length"] for example in mismatched], 4 * args.micro_train_batch_size):
+    lengths = [example["length"] for example in mismatched]
+    max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
+    for members in split_step(lengths, args.micro_train_batch_size, max_tokens):
         batch = [mismatched[j] for j in members] or mismatched[:1]
         weight = 1.0 if len(members) else 0.0
         total += weight * response_sums(engine, batch)[0].sum()
@@ -823,13 +825,12 @@ def deepspeed_config(args, hidden_size):
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        attn_implementation="packed",
-        trust_remote_code=args.trust_remote_code,
-        output_loading_info=True,
-    )
+    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -889,7 +890,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
@@ -1045,7 +1046,7 @@ def reference_rows(tables, args, device):
         file, found = cache_file("logps", decides, args)
         if not found:
             engine = start_frozen(path, args, device, args.ref_offload)
-            check_rows(engine, dataclasses.replace(args, lora_rank=0))  # adapters are the policy's alone
+            check_rows(engine, args)
             write_values(file, engine, rows.fetch, rows.lengths, rows.n_trained, (), pack_rows, args)
             del engine  # before another one is loaded
         rows.ref_logps = PerToken(file, rows.n_trained)
@@ -1264,7 +1265,10 @@ def main(args):
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kto (inputs)
-    inputs = {"pretrain": args.pretrain, "dataset": args.dataset, "ref_pretrain": args.ref_pretrain or ""}
+    inputs = {"pretrain": args.pretrain, "dataset": args.dataset}
+    if args.ref_pretrain:
+        load_tokenizer(args.ref_pretrain, args)  # stops where there is no such model
+        inputs["ref_pretrain"] = args.ref_pretrain
     # --- end algorithm
     identity = identify(args, inputs)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
@@ -1296,7 +1300,7 @@ def main(args):
         rows = rows_of[table._fingerprint]
         mismatched = [] if args.apo_zero_unpaired else rows.fetch(indices + len(table))
         metrics = kto_step(engine, rows.fetch(indices), mismatched, args, train)
-        if train and engine.global_steps == 0 and not args.ref_pretrain:
+        if train and engine.global_steps == 0 and args.ref_pretrain in (None, args.pretrain):
             check_first_loss(metrics, n_trained[indices].mean(), args)
         return metrics
 

@@ -266,8 +266,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
     """
     sampled = finish_reason is not None
-    chat = args.apply_chat_template or isinstance(prompt, list) or isinstance(response, list)
-    plain = sampled or not chat
+    listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
+    plain = not listed and (sampled or not args.apply_chat_template)
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
@@ -720,13 +720,12 @@ def deepspeed_config(args, hidden_size):
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        attn_implementation="packed",
-        trust_remote_code=args.trust_remote_code,
-        output_loading_info=True,
-    )
+    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
+    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -786,7 +785,7 @@ def check_attention(engine, pack, alone, args):
     alone: the packs of these sequences, in the order of the pack.
     """
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if args.lora_rank else wrapper.model
+    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)

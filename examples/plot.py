@@ -220,9 +220,9 @@ def main(args):
     print(f"saved  {out}/report.json, report.png, samples.md")
     if kind == "asked":
         print(slope_verdict(report))
-    elif "kl_teacher" in report[0]:
+    elif "kl_teacher" in report[-1]:
         print(verdict("kl_teacher", report, rises=False))
-    elif "reward" in report[0]:
+    elif "reward" in report[-1]:
         print(verdict("reward", report, rises=True))
 
 

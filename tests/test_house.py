@@ -19,7 +19,10 @@ REPO = Path(__file__).resolve().parents[1]
 MAX_LINES = {"sft.py": 740, "kd.py": 860, "dpo.py": 960, "kto.py": 880, "batch_infer.py": 800}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
-MAX_TEST_LINES, MAX_NODES = 3600, 13  # of tests/*.py together; syntax nodes per line of code: less, not denser
+MAX_TEST_LINES, MAX_NODES = (
+    3600,
+    13,
+)  # of tests/*.py together; syntax nodes per line of code: less, not denser
 OWN = ("Args", "main", "encode_row", "choose_keys")  # each script has its own of these
 SCRIPTS = {name: (REPO / name).read_text() for name in MAX_LINES}
 
@@ -81,8 +84,8 @@ def order(scripts):
     """Pairs of scripts in which shared names (of code or flags) come in different orders."""
     bad = []
     for (a, text_a), (b, text_b) in combinations(scripts.items(), 2):
-        for what in (definitions, flags):
-            one, two = list(what(text_a)), list(what(text_b))
+        for what in (definitions, flags)[: 1 if "batch_infer.py" in (a, b) else 2]:
+            one, two = ([n for n in what(text) if n not in OWN] for text in (text_a, text_b))
             if [n for n in one if n in two] != [n for n in two if n in one]:
                 bad.append(f"{what.__name__}: {a}, {b}")
     return bad
@@ -105,9 +108,13 @@ def flag_rules(scripts):
         for flag, (kind, words) in flags(text).items():
             if not words:
                 bad.append(f"{name}: no help for {flag}")
-            if not re.search(rf"\b(args|self)\.{flag}\b", text) and "accepted for old commands" not in str(words):
+            if not re.search(rf"\b(args|self)\.{flag}\b", text) and "accepted for old commands" not in str(
+                words
+            ):
                 bad.append(f"{name}: args.{flag} is never read")
             first, said = seen.setdefault(flag, (name, (kind, words)))
+            if name == "batch_infer.py":  # another kind of script, in which other help is true
+                continue
             if said != (kind, words):
                 bad.append(f"{flag}: {first} {said} != {name} {(kind, words)}")
     return bad

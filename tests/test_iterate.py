@@ -91,7 +91,7 @@ def test_raft():
     run(TRAINING_ITERS=2, ROLLOUT_BATCH_SIZE=16, BEST_OF_N=3, RM_FLAGS="--max_len 9")
     kinds, words = calls()
     assert kinds == [*stages(0), *stages(1), *stages(2, train=False), "plot"] and words[-1] == "--out out"
-    generate, rm, first, policy, train = (text.replace("out/iter_1/", "") for text in words[3:8])
+    generate, rm, policy, first, train = (text.replace("out/iter_1/", "") for text in words[3:8])
     assert "--rollout_batch_size 16 --best_of_n 3 --pretrain out/iter_0/model --iter 1 " in generate
     rows = "--dataset generate.jsonl --post_processor rs --scored_path scored.jsonl --output_path rm.jsonl"
     assert rm == f"--bf16 --eval_task rm --pretrain rm --max_len 9 {rows}"

@@ -48,10 +48,7 @@ def run(**flags):
 
 def test_loss_of_six_rows_by_hand():
     r, good = [0.5, -1.0, 2.0, 0.3, -0.7, 0.0], [True, True, True, False, False, False]
-    expected = []
-    for value, desirable in zip(r, good):
-        x = 0.1 * (value - 0.25) * (1 if desirable else -1)
-        expected.append((1.5 if desirable else 0.5) * (1 - 1 / (1 + math.exp(-x))))
+    expected = [0.740625, 0.796814, 0.684542, 0.250625, 0.238134, 0.246875]
     found = kto.kto_loss(torch.tensor(r), torch.tensor(good), torch.tensor(0.25), 0.1, 1.5, 0.5)
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -81,22 +78,18 @@ def test_order_spreads_both_classes():
 
 def test_splits_give_the_same_steps(tiny, tmp_path):
     """Micro-batch, packing, ZeRO stage, checkpointing, 1 and 2 ranks: 3 steps, the last of 10 rows."""
-    paths = {
-        "pretrain": tiny,
-        "dataset": write_rows(tmp_path / "rows.jsonl", ROWS),
-        "cache_dir": str(tmp_path),
-    }
-    runs = {name: run(**paths, **flags, save_path=str(tmp_path / name)) for name, flags in SPLITS.items()}
-    two = {f"two-{name}": {**SETTINGS, **paths, **flags} for name, flags in SPLITS.items()}
-    configs = [{**flags, "save_path": str(tmp_path / name)} for name, flags in two.items()]
+    data, runs, configs = write_rows(tmp_path / "rows.jsonl", ROWS), {}, []
+    paths = {"pretrain": tiny, "dataset": data, "cache_dir": str(tmp_path)}
+    for name, flags in SPLITS.items():
+        runs[name] = run(**paths, **flags, save_path=str(tmp_path / name))
+        configs.append({**SETTINGS, **paths, **flags, "save_path": str(tmp_path / f"two-{name}")})
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch = str(Path(__file__).parent / "launch.py")
-    subprocess.run([*command, launch, "kto", str(tmp_path / "configs.json")], check=True, timeout=300)
-    runs |= {name: read_metrics(tmp_path / name) for name in two}
+    command += [Path(__file__).parent / "launch.py", "kto", tmp_path / "configs.json"]
+    subprocess.run(command, check=True, timeout=300)
+    runs |= {f"two-{name}": read_metrics(tmp_path / f"two-{name}") for name in SPLITS}
     first = runs["micro8"]
-    assert len(first) == 3 and abs(first[0]["loss"] - 0.5) < 1e-6
-    assert first[0]["kl"] == 0 and first[1]["kl"] > 1e-3
+    assert abs(first[0]["loss"] - 0.5) < 1e-6 and first[0]["kl"] == 0 and first[1]["kl"] > 1e-3
     for name, steps in runs.items():
         for step, known in zip(steps, first, strict=True):
             for key in ("loss", "kl", "grad_norm", "rewards/margins", "logps/chosen"):
@@ -118,18 +111,18 @@ def plain_metrics(rows, models, tokenizer):
 
     partners = next_other([row["prompt"] for row in rows], seed=42)
     z0 = max(0.0, np.mean([ratio(row, rows[j]["completion"]) for row, j in zip(rows, partners)]))
-    losses = []
-    for row in rows:
-        x = 0.1 * (ratio(row, row["completion"]) - z0)
-        losses.append(1.5 / (1 + math.exp(x)) if row["label"] else 0.5 / (1 + math.exp(-x)))
+    h = [0.1 * (ratio(row, row["completion"]) - z0) for row in rows]
+    losses = [
+        1.5 / (1 + math.exp(x)) if row["label"] else 0.5 / (1 + math.exp(-x)) for x, row in zip(h, rows)
+    ]
     return {"kl": z0, "loss": np.mean(losses)}
 
 
 def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, tmp_path):
     """Step 1 and the evaluation before it, either model as the reference: one of the two makes z0 > 0."""
     flags = {"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5, "max_samples": 20, "max_len": 60}
-    flags |= {"dataset": write_rows(tmp_path / "rows.jsonl", ROWS)}
-    flags |= {"eval_dataset": write_rows(tmp_path / "eval.jsonl", ROWS[30:])}
+    flags["dataset"] = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags["eval_dataset"] = write_rows(tmp_path / "eval.jsonl", ROWS[30:])
     z0s = []
     for i, models in enumerate([(tiny, other), (other, tiny)]):
         paths = {"pretrain": models[0], "ref_pretrain": models[1], "save_path": str(tmp_path / f"m{i}")}
@@ -144,35 +137,30 @@ def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, tmp_path):
 def test_labels_are_read_strictly(tiny, tmp_path, capsys):
     assert all(kto.read_label(value) is True for value in (True, 1, 1.0, "True", "true", "1"))
     assert not any(kto.read_label(value) for value in (False, 0, 0.0, "False", "false", "0"))
-    cases = [
-        ([*ROWS[:3], {**ROWS[3], "label": x}], "bad.jsonl:4: its label") for x in ("good", None, 0.9, 2, "")
-    ]
-    for bad, words in [*cases, (ROWS[1:3], "2 desirable and 0")]:
+    for label, words in {"good": "bad.jsonl:2: its label", 0.9: "its label", 1: "2 desirable and 0"}.items():
+        bad = [ROWS[1], {**ROWS[2], "label": label}]
         with pytest.raises(SystemExit):
             run(pretrain=tiny, dataset=write_rows(tmp_path / "bad.jsonl", bad), save_path=str(tmp_path / "x"))
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["text", "hh-rlhf", "sampled"])
+@pytest.mark.parametrize("kind", ["sampled", "hh-rlhf"])
 def test_a_pair_becomes_two_rows(kind, tiny, tokenizer, tmp_path):
-    pair = {"prompt": "Say it.\n", "chosen": "red river", "rejected": "old stone"}
-    responses = [pair["chosen"] + "<eos>", pair["rejected"] + "<eos>"]
-    if kind == "hh-rlhf":
-        pair = {key: f"\n\nHuman: Say it.\n\nAssistant:{pair[key]}" for key in ("chosen", "rejected")}
+    prompt, end = ("", "") if kind == "sampled" else ("\n\nHuman: Say it.\n\nAssistant:", "<eos>")
+    pair = {"chosen": f"{prompt}red river", "rejected": f"{prompt}old stone"}
     if kind == "sampled":  # what the sampler cut is trained without EOS
-        pair["rejected_finish_reason"] = "length"
-        responses[1] = pair["rejected"]
+        pair |= {"prompt": "Say it.\n", "rejected_finish_reason": "length"}
     data = write_rows(tmp_path / "pairs.jsonl", [pair] * 3)
     args = kto.Args(pretrain=tiny, dataset=data, cache_dir=str(tmp_path))
     table = kto.load_examples(data, None, "train", tokenizer, args)
     assert table["desirable"] == [True, False] * 3 and len(set(table["prompt_hash"])) == 1
     found = [example["input_ids"][example["trained"]] for example in kto.fetch(table, [0, 1])]
-    assert [tokenizer.decode(ids) for ids in found] == responses
+    assert [tokenizer.decode(ids) for ids in found] == ["red river<eos>", f"old stone{end}"]
 
 
 def test_resumed_is_bit_identical(tiny, tmp_path, monkeypatch):
-    flags = {"pretrain": tiny, "dataset": write_rows(tmp_path / "rows.jsonl", ROWS)}
-    flags |= {"max_epochs": 2, "save_steps": 4}
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = {"pretrain": tiny, "dataset": data, "max_epochs": 2, "save_steps": 4}
     run(**flags, save_path=str(tmp_path / "whole"))
     monkeypatch.setattr(kto, "console_line", lambda step, *_: "" if step < 6 else sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):
@@ -184,18 +172,15 @@ def test_resumed_is_bit_identical(tiny, tmp_path, monkeypatch):
 
 
 TRL = """
-import json, sys
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import KTOConfig, KTOTrainer
-folder, cases, rows = json.loads(sys.argv[1])
-for policy, reference, options, name in cases:
-    model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (policy, reference))
-    args = KTOConfig(output_dir=f"{folder}/out", per_device_train_batch_size=8, max_steps=1, logging_steps=1,
-                     max_length=512, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
-                     disable_tqdm=True, save_strategy="no", **options)
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    trainer = KTOTrainer(model, ref, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+import datasets, json, sys, transformers, trl
+folder, policy, reference, theirs, rows = json.loads(sys.argv[1])
+for name, options in theirs.items():
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    args = trl.KTOConfig(folder, per_device_train_batch_size=8, max_steps=1, logging_steps=1, max_length=512,
+                         bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False, **options)
+    data = {"train_dataset": datasets.Dataset.from_list(rows),
+            "processing_class": transformers.AutoTokenizer.from_pretrained(policy)}
+    trainer = trl.KTOTrainer(load(policy, dtype="float32"), load(reference, dtype="float32"), args=args, **data)
     trainer.train()
     json.dump(trainer.state.log_history[0], open(f"{folder}/{name}.json", "w"))
 """
@@ -204,16 +189,16 @@ for policy, reference, options, name in cases:
 def test_equals_trl(tiny, other, tmp_path):
     """The first step of TRL's KTOTrainer on 8 rows. It takes y' from the row before: it gets our order backwards."""
     pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.0 accelerate")
-    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
-    cases = [(tiny, other, weights, "kto"), (tiny, other, {"loss_type": "apo_zero_unpaired"}, "apo")]
-    ours = [{"desirable_loss_weight": 1.5, "undesirable_loss_weight": 0.5}, {"apo_zero_unpaired": True}]
+    theirs = {"kto": {"desirable_weight": 1.5}, "apo": {"loss_type": "apo_zero_unpaired"}}
+    ours = {"kto": {"desirable_loss_weight": 1.5}, "apo": {"apo_zero_unpaired": True}}
     backwards = [ROWS[i] for i in np.random.default_rng(42).permutation(8)[::-1]]
     command = ["env", "-u", "RANK", "-u", "WORLD_SIZE", "-u", "LOCAL_RANK", sys.executable, "-c", TRL]
-    subprocess.run([*command, json.dumps([str(tmp_path), cases, backwards])], check=True, timeout=600)
-    paths = {"dataset": write_rows(tmp_path / "rows.jsonl", ROWS[:8]), "max_len": 512}
-    for (policy, reference, _, name), flags in zip(cases, ours):
-        paths |= {"pretrain": policy, "ref_pretrain": reference, "save_path": str(tmp_path / name)}
-        (found,) = run(**paths, **flags)
-        theirs = json.loads((tmp_path / f"{name}.json").read_text())
-        for key in ("loss", "kl", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"):
-            assert found[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-5), (name, key)
+    inputs = json.dumps([str(tmp_path), tiny, other, theirs, backwards])
+    subprocess.run([*command, inputs], check=True, timeout=600)
+    paths = {"pretrain": tiny, "ref_pretrain": other}
+    paths["dataset"] = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
+    for name, flags in ours.items():
+        (found,) = run(**paths, **flags, max_len=512, save_path=str(tmp_path / name))
+        for key, value in json.loads((tmp_path / f"{name}.json").read_text()).items():
+            if key in ("loss", "kl", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"):
+                assert found[key] == pytest.approx(value, abs=1e-4, rel=1e-5), (name, key)

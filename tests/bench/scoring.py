@@ -1,13 +1,10 @@
-"""Rewards of the n samples of a prompt: batch_infer.py's tree beside Hugging Face, rows/s and the same scores.
+"""Scoring n samples of a prompt with batch_infer.py beside scoring each alone and in plain padded batches.
 
-    python tests/bench/scoring.py      # n = 8 samples of 128 tokens on prompts of 512: the bound is 3.3
+    python tests/bench/scoring.py                # 8 samples of 128 tokens on prompts of 512: the bound is 3.3
+    python tests/bench/scoring.py --samples 1    # one response per prompt: nothing to share, nothing to lose
 
-    tree    batch_infer.py: the prompt once, its samples hang off it
-    alone   AutoModelForSequenceClassification, one row per forward pass
-    batch   the same, all n rows of a prompt in one pass; all are equally long, so there is no padding
-
-They take turns, a prompt each. Rates are medians over the prompts, per second of CPU time of one thread: what
-else runs on the machine does not count. The model is a random Qwen2 of 48M parameters, in fp32.
+Rates are rows per second of CPU time of one thread, medians over rounds: what else runs does not count. The model
+is a random Qwen2 of 48M parameters, in fp32.
 """
 
 import argparse
@@ -16,19 +13,17 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from transformers import Qwen2Config, Qwen2Model
 
 REPO = Path(__file__).resolve().parents[2]
 MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
-MODEL |= {"num_key_value_heads": 4, "max_position_embeddings": 2048, "vocab_size": 24_576, "num_labels": 1}
-MODEL |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.1}
+MODEL |= {"num_key_value_heads": 4, "max_position_embeddings": 2048, "vocab_size": 24_576}
 
 
 def load_script():
@@ -40,51 +35,55 @@ def load_script():
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    for name, value in {"samples": 8, "prompt": 512, "response": 128, "prompts": 6}.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"samples": 8, "prompt": 512, "response": 128, "rows": 8, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--out", default=str(Path(__file__).parent / "results/scoring_cpu.json"))
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     script, rng = load_script(), np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        Qwen2ForSequenceClassification(Qwen2Config(**MODEL)).save_pretrained(folder)
-        ours = script.RewardModel(script.Args("rm", "", folder, bf16=False), "cpu")
-        model = Qwen2ForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    body = script.place_model(Qwen2Model(Qwen2Config(**MODEL)), "cpu")
 
     def tokens(n):
-        return rng.integers(2, MODEL["vocab_size"], n).astype(np.int32)
+        return rng.integers(2, MODEL["vocab_size"], n).tolist()
 
-    def alone(rows):
-        return torch.cat([model(row[None]).logits[:, 0] for row in rows])
+    def ours(items):
+        batches = script.scoring_batches(items, script.Args("rm", "", "", "x", micro_batch_size=args.rows))
+        found = {}
+        for batch in batches:
+            for item, states in zip(batch, script.hidden_states(body, batch, "cpu")):
+                found[item.key] = states[-1]
+        return torch.stack([found[item.key] for item in items])
 
-    def batch(rows):
-        return model(rows).logits[:, 0]
+    def plain(items, size):
+        found = []
+        for begin in range(0, len(items), size):
+            batch = items[begin : begin + size]
+            ids, mask = script.pad([item.prompt + item.response for item in batch], "cpu")
+            hidden = body(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            ends = [len(item.prompt) + len(item.response) - 1 for item in batch]
+            found += [hidden[i, end] for i, end in enumerate(ends)]
+        return torch.stack(found)
 
-    seconds, errors = {"tree": [], "alone": [], "batch": []}, []
-    for turn in range(args.prompts + 1):  # the first is not counted
-        responses = [tokens(args.response) for _ in range(args.samples)]
-        tree = {"prompt": tokens(args.prompt), "responses": responses}
-        tree["trained"] = [np.ones(args.response, bool)] * args.samples
-        rows = torch.tensor(np.stack([np.r_[tree["prompt"], ids] for ids in responses])).long()
-        scores = {}
-        for name, score in (("tree", lambda: ours([tree])), ("alone", lambda: alone(rows)), ("batch", lambda: batch(rows))):
+    runs = {"ours": ours, "alone": lambda items: plain(items, 1), "batch": lambda items: plain(items, args.rows)}
+    seconds, error = {name: [] for name in runs}, 0.0
+    for turn in range(args.rounds + 1):  # the first is not counted
+        prompts = [tokens(args.prompt) for _ in range(args.rows // args.samples)]
+        items = [script.Item(i, prompts[i // args.samples], tokens(args.response), None) for i in range(args.rows)]
+        found = {}
+        for name, run in runs.items():
             with torch.inference_mode():
                 started = time.process_time()
-                scores[name] = score()
+                found[name] = run(items)
                 seconds[name] += [time.process_time() - started] if turn else []
-        errors += [(scores["tree"] - scores[name]).abs().max().item() for name in ("alone", "batch")]
-    rates = {name: args.samples / statistics.median(times) for name, times in seconds.items()}
-    report = {"date": str(date.today()), "cpu": platform.processor() or platform.machine()}
-    report |= {"spread": float(scores["alone"].std()), "largest_error": max(errors), "rows_per_sec": rates}
-    bound = args.samples * (args.prompt + args.response) / (args.prompt + args.samples * args.response)
-    report |= {"bound": bound, "seconds": seconds}
-    report |= {name: getattr(args, name) for name in ("samples", "prompt", "response", "prompts")}
+        error = max(error, *((found["ours"] - found[name]).abs().max().item() for name in ("alone", "batch")))
+    assert error < 1e-3, error
+    rates = {name: args.rows / statistics.median(times) for name, times in seconds.items()}
     for name, rate in rates.items():
-        print(f"{name:<6} {rate:7.2f} rows/s   tree: {rates['tree'] / rate:.2f}x")
-    print(f"bound by tokens {bound:.2f}x, largest error {max(errors):.1e}, spread of the scores {report['spread']:.2f}")
+        print(f"{name:<6} {rate:6.2f} rows per CPU second, {rates['ours'] / rate:.2f}x")
+    report = {"date": str(date.today()), "cpu": platform.machine(), "torch": torch.__version__, "error": error}
+    report |= vars(args) | {"rows_per_cpu_second": rates}
     Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 

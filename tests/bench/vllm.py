@@ -1,9 +1,9 @@
-"""generate_vllm beside a bare LLM.generate over the same requests: tokens/s, the same samples.
+"""generate_vllm beside a bare loop over the same requests: tokens/s, the same samples.
 
     python tests/bench/vllm.py         # a random Qwen2 of 48M parameters, vLLM's CPU build
 
 Both use one engine with generate_vllm's settings, the same token ids, seeds and sampling parameters, and take
-turns. generate_vllm decodes, writes rows and flushes while others run; LLM.generate returns when all are done.
+turns. generate_vllm decodes, writes rows and flushes while others run; the bare loop (that of LLM.generate) keeps ids.
 Rates are samples' tokens per second, medians over the rounds after an uncounted one; of wall-clock time and of
 CPU time of the process, which does not count what else runs on the machine.
 """
@@ -53,19 +53,6 @@ def prepare(folder, n_prompts):
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
 
 
-class OneEngine:
-    """Stands in for vllm.LLM: the first call makes the engine, which every later call gets, still running."""
-
-    def __init__(self, make):
-        self.make, self.llm = make, None
-
-    def __call__(self, *settings, **more):
-        if self.llm is None:
-            self.llm = self.make(*settings, **more)
-            self.llm.llm_engine.engine_core.shutdown = lambda: None
-        return self.llm
-
-
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
@@ -74,52 +61,58 @@ def main():
     parser.add_argument("--out", default=str(Path(__file__).parent / "results/vllm_cpu.json"))
     options = parser.parse_args()
     sys.path.remove(str(Path(__file__).resolve().parent))  # this file is called vllm, too
-    import vllm
-
     script, folder = load_script(), Path(tempfile.mkdtemp())
     prepare(folder, options.prompts)
     flags = {"dataset": str(folder / "prompts.jsonl"), "best_of_n": options.samples, "bf16": False}
     flags |= {"max_new_tokens": options.max_new_tokens, "prompt_max_len": 200, "pretrain": str(folder / "model")}
     args = script.Args("generate_vllm", str(folder / "out.jsonl"), **flags)
-    tokenizer, stop_ids = script.load_tokenizer(args.pretrain, args)
-    prompts = script.make_prompts(script.load_rows(args.dataset, None, "train", 10**9), tokenizer, args)
-    vllm.LLM = OneEngine(vllm.LLM)
+    tokenizer = script.load_tokenizer(args.pretrain, args)
+    config, stop_ids = script.model_config(args.pretrain, args), script.find_stops(tokenizer, args)
+    _, items = script.sampling_items(script.load_rows(args), tokenizer, config, args)
+    os.environ["RANK"] = "1"  # no progress bar
+    engine = script.start_vllm(args)
+    engine.engine_core.shutdown = lambda: None
+    script.start_vllm = lambda args: engine
+    from vllm import SamplingParams, __version__
+    from vllm.sampling_params import RequestOutputKind
 
     def ours(turn):
-        """[samples of each prompt], as texts."""
-        args.output_path = str(folder / f"{turn}.jsonl")
-        Path(f"{args.output_path}.partial").mkdir()
-        parts = script.Parts(args, 0, 0)
-        script.generate_vllm(prompts, parts, tokenizer, stop_ids, args, lambda *numbers: None)
-        rows = parts.read()
-        return [[rows[prompt.id, k]["output"] for k in range(args.best_of_n)] for prompt in prompts]
+        """Token counts of the samples, from the file that the writer leaves."""
+        (folder / str(turn)).mkdir()
+        results = script.generate_vllm([[item] for item in items], tokenizer, args)
+        script.write_results(folder / f"{turn}/0.jsonl", results, len(items))
+        found = script.read_results(folder / str(turn))
+        return [found[item.key]["tokens"] for item in items]
 
     def bare(turn):
-        common = {"n": args.best_of_n, "temperature": 1.0, "stop_token_ids": sorted(stop_ids)}
-        seeds = [script.request_seed(args, prompt) for prompt in prompts]
-        params = [vllm.SamplingParams(seed=seed, max_tokens=args.max_new_tokens, **common) for seed in seeds]
-        inputs = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
-        return vllm.LLM.llm.generate(inputs, params, use_tqdm=False)
+        """The same requests in a bare loop, as LLM.generate has it."""
+        common = {"temperature": 1.0, "stop_token_ids": sorted(stop_ids), "max_tokens": args.max_new_tokens}
+        common |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        for i, item in enumerate(items):
+            params = SamplingParams(seed=script.make_seed(args, item.key), **common)
+            engine.add_request(str(i), {"prompt_token_ids": item.prompt}, params)
+        found = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                found[int(output.request_id)] = output.outputs[0].token_ids
+        return [sum(token not in stop_ids for token in found[i]) for i in range(len(items))]
 
-    runs = {"generate_vllm": [], "LLM.generate": []}
+    runs = {"generate_vllm": [], "bare": []}
     for turn in range(options.rounds + 1):  # the first is not counted
         results = {}
-        for name, run in (("generate_vllm", ours), ("LLM.generate", bare)):
+        for name, run in (("generate_vllm", ours), ("bare", bare)):
             wall, cpu = time.perf_counter(), time.process_time()
             results[name] = run(turn)
             spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             runs[name] += [spent] if turn else []
-        samples = [sample for output in results["LLM.generate"] for sample in output.outputs]
-        texts = [tokenizer.decode([t for t in sample.token_ids if t not in stop_ids]) for sample in samples]
-        assert sum(results["generate_vllm"], []) == texts, "not the same samples"
-        n_tokens = sum(len(sample.token_ids) for sample in samples)
-    rates = {}
+        assert results["generate_vllm"] == results["bare"], "not the same samples"
+    n_tokens, rates = sum(results["bare"]), {}
     for name, times in runs.items():
         rates[name] = {kind: n_tokens / statistics.median(t[kind] for t in times) for kind in ("wall", "cpu")}
     for name, rate in rates.items():
-        wall, cpu = (rate[kind] / rates["LLM.generate"][kind] for kind in ("wall", "cpu"))
+        wall, cpu = (rate[kind] / rates["bare"][kind] for kind in ("wall", "cpu"))
         print(f"{name:<14} {rate['wall']:7.1f} tokens/s ({wall:.1%}) {rate['cpu']:7.1f} per CPU second ({cpu:.1%})")
-    report = {"date": str(date.today()), "cpu": platform.machine(), "vllm": vllm.__version__}
+    report = {"date": str(date.today()), "cpu": platform.machine(), "vllm": __version__}
     report |= {name: getattr(options, name) for name in ("prompts", "samples", "max_new_tokens", "rounds")}
     report |= {"cores": len(os.sched_getaffinity(0)), "tokens": n_tokens, "tokens_per_sec": rates, "seconds": runs}
     Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
