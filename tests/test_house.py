@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-MAX_LINES = {"sft.py": 740, "kd.py": 860, "dpo.py": 960, "kto.py": 880, "batch_infer.py": 800}
+MAX_LINES = {"sft.py": 1100, "kd.py": 1360, "dpo.py": 1400, "kto.py": 1385, "batch_infer.py": 1260}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
 MAX_TEST_LINES, MAX_NODES = (
