@@ -990,7 +990,7 @@ def read_results(folder):
 
 def write_results(path, results, n_total):
     """Appends each (key, result) that an engine yields to a file."""
-    quiet = os.environ["RANK"] != "0"
+    quiet = os.environ["RANK"] != "0" or not sys.stdout.isatty()
     with open(path, "a") as file:
         file.write("\n")  # a line that a kill cut off becomes a line of its own
         for key, result in tqdm(results, "infer", n_total, file=sys.stdout, mininterval=2, disable=quiet):

@@ -96,7 +96,7 @@ if [[ "$GENERATE_FLAGS " == *"--eval_task generate "* ]] || # by Hugging Face
 fi
 generate+=(--dataset "$PROMPT_DATASET" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --best_of_n "$BEST_OF_N")
 score=("${ranks[@]}" "${infer[@]}" rm ${RM_MODEL_PATH:+--pretrain "$RM_MODEL_PATH"})
-logps=("${ranks[@]}" "${infer[@]}" logps --max_len 1000000 --max_drop_ratio 1 --micro_batch_size 4)
+logps=("${ranks[@]}" "${infer[@]}" logps --max_len 1000000 --max_drop_ratio 1)
 train=("${ranks[@]}" "$here/$trainer" "${bf16[BF16]}") reference=${REF_MODEL_PATH:-$POLICY_MODEL_PATH}
 [[ $METHOD != distill ]] || train+=(--teacher_model "$TEACHER_MODEL_PATH" --kd_loss reverse_kl --kd_coef 1)
 [[ $METHOD$REF != iter_dpoinit || $TRAIN_FLAGS == *simpo* ]] || train+=(--ref_pretrain "$reference") # SimPO has none
