@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -73,15 +72,6 @@ def make_model(folder, tokenizer, **changes):
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    """A trainer's main() in this process catches SIGINT and SIGTERM; after the test they are pytest's again."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

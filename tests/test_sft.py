@@ -326,6 +326,7 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "no end in the template": ({"messages": CHAT}, NO_END, PROMPT.replace("<eos>", ""), ["walls<eos>"]),
     "sampled": (SAMPLED, {"apply_chat_template": True, "input_template": "Q {}"}, PROMPT, ["old<eos>"]),
     "sampled, cut": (SAMPLED | {"finish_reason": "length"}, {}, PROMPT, ["old"]),
+    "sampled, nothing": (SAMPLED | {"output": ""}, {}, PROMPT, ["<eos>"]),
     "sampled from messages": (SAMPLED | {"messages": CHAT[:3]}, {}, PROMPT, ["old<eos>"]),
     "cut by max_len": (QA | {"output": " old" * 20}, {"max_len": 10}, "red", [" old" * 9]),
     "EOS in the text": (QA | {"output": " old<eos>"}, {}, "red", [" old<eos>"]),
@@ -452,7 +453,7 @@ def test_rows_are_encoded_once(examples_of, tmp_path, monkeypatch):
     edit(monkeypatch, "return -per_token_logps.sum() / n_tokens", tmp_path)
     assert not encodes(learning_rate=1.0, num_proc=2)
     assert encodes(max_len=50) and not encodes(max_len=50)
-    edit(monkeypatch, 'raise ValueError("nothing to train")', tmp_path)
+    edit(monkeypatch, 'raise ValueError("empty response")', tmp_path)
     assert encodes() and not encodes()
     write_rows(path, make_rows(6))
     assert encodes() and not encodes()
@@ -473,7 +474,7 @@ def test_reasons_are_counted(examples_of, tmp_path, capsys):
     assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
     assert f"dropped 2 of 50 rows: empty response; the first: {path}:48" in said
-    assert f"dropped 1 of 50 rows: prompt >= max_len; the first: {path}:47" in said
+    assert f"dropped 1 of 50 rows: nothing to train within max_len; the first: {path}:47" in said
     assert f"the first: {path}:50" in said and said.count("\n") == 3
     with pytest.raises(SystemExit, match="2"):
         examples_of(path, max_drop_ratio=0.05)
@@ -743,7 +744,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "null": ({}, GOOD + GOOD.replace('"red"', "null"), [r"rows\.jsonl:2", "neither text"]),
     "null is no word": ({}, '{"instruction": null, "input": "red", "output": "old"}\n', ["neither text"]),
     "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
-    "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "prompt >= max_len"]),
+    "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "nothing to train within max_len"]),
     # --- conversations
     "no answer": ({}, chat_row(CHAT[0]), ["no assistant turn"]),
     "content in parts": ({}, chat_row(CHAT[0] | {"content": ["x"]}, CHAT[1]), ["needs role and content"]),
