@@ -332,7 +332,9 @@ def finish(ids, trained, tokenizer, max_len, cut):
     # A trained special token: the template wrote its own end.
     special = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
     closed = special and trained[-1]
-    if not closed and not cut:
+    if closed and cut:  # it is not the sampler's
+        ids, trained = ids[:-1], trained[:-1]
+    elif not closed and not cut:
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
         ids, trained = ids[1:], trained[1:]
