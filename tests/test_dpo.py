@@ -512,7 +512,7 @@ BAD_INPUT = [  # rows, flags, what the error says
     ([{"chosen": "b", "rejected": "c"}], {}, "no prompt column, and no"),
     ([{**GOOD, "rejected": "b"}] * 2, {}, "chosen == rejected"),
     ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: empty response"),
-    ([GOOD, {**GOOD, "prompt": "red " * 200}], {}, "rows.jsonl:2: prompt >= max_len"),
+    ([GOOD, {**GOOD, "prompt": "red " * 200}], {}, "rows.jsonl:2: nothing to train within max_len"),
     ([GOOD], {"ref_pretrain": "no/such-model"}, "no/such-model"),
     ([GOOD], {"label_smoothing": 0.5}, "--label_smoothing"),
     ([GOOD], {"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing"),
