@@ -87,10 +87,9 @@ def home(tmp_path_factory):
     """A folder with policies, reward models, prompts and reward functions."""
     home = tmp_path_factory.mktemp("batch_infer")
     torch.manual_seed(0)
-    for name, tokenizer in (("policy", make_tokenizer()), ("policy_bos", make_tokenizer(bos=True))):
-        model = Qwen2ForCausalLM(make_config(tokenizer))
-        model.lm_head.weight.data[1] *= 3  # so that some samples end
-        save(model, tokenizer, home / name)
+    model = Qwen2ForCausalLM(make_config(make_tokenizer()))
+    model.lm_head.weight.data[1] *= 3  # so that some samples end
+    save(model, make_tokenizer(), home / "policy")
     for name, pad in (("rm", "<pad>"), ("rm_pad_eos", "<eos>")):
         tokenizer = make_tokenizer(pad=pad)
         model = Qwen2ForSequenceClassification(make_config(tokenizer, num_labels=1))
@@ -132,7 +131,7 @@ def samples(home):
 # --- generation
 
 
-def test_rows(home, samples):
+def test_rows(home, samples, tmp_path):
     assert [(row["id"], row["sample"]) for row in samples] == [(i, k) for i in range(12) for k in range(4)]
     assert all(list(row) == ["id", "sample", "input", "output", "finish_reason", "tokens"] for row in samples)
     assert all(row["input"] == QUESTIONS[row["id"]] for row in samples)
@@ -140,10 +139,6 @@ def test_rows(home, samples):
     assert all((row["tokens"] == 12) == (row["finish_reason"] == "length") for row in samples)
     assert not any("<eos>" in row["output"] for row in samples)
     assert len({row["output"] for row in samples}) > 40
-    assert not (home / "samples.jsonl.partial").exists()
-
-
-def test_seeds(home, samples, tmp_path):
     assert run(home, "generate", tmp_path / "a.jsonl", best_of_n=4) == samples
     assert run(home, "generate", tmp_path / "b.jsonl", best_of_n=4, seed=1) != samples
 
@@ -168,18 +163,6 @@ def test_greedy_is_hugging_faces(home, tmp_path):
     assert run(home, "generate", tmp_path / "c.jsonl", **flags | {"micro_batch_size": 5}) == rows
 
 
-def test_stop_strings(home, tmp_path):
-    """They end a sample where they begin; one that begins in the prompt does not."""
-    before = run(home, "generate", tmp_path / "a.jsonl", greedy_sampling=True)
-    text = next(row["output"] for row in before if len(row["output"]) > 8)[3:6]
-    border = before[0]["input"][-3:] + before[0]["output"][:1]
-    after = run(home, "generate", tmp_path / "b.jsonl", greedy_sampling=True, stop=(text, border))
-    assert any(text in row["output"] for row in before)
-    for row, old in zip(after, before, strict=True):
-        assert row["output"] == old["output"].split(text)[0]
-        assert row["finish_reason"] == ("stop" if text in old["output"] else old["finish_reason"])
-
-
 def prompts_of(home, rows, tokenizer=None, **flags):
     """The Items of prompts."""
     args = script.Args(**flags_of(home, "generate", "", **{"max_drop_ratio": 0.9} | flags))
@@ -191,51 +174,6 @@ def test_slices_wrap_around_and_hold_a_prompt_once(home):
     rows = [{"prompt": str(i)} for i in range(5)]
     ids = [[item.key[0] for item in prompts_of(home, rows, iter=k, rollout_batch_size=3)] for k in range(4)]
     assert ids == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
-    assert [item.key[0] for item in prompts_of(home, rows, iter=1, rollout_batch_size=8)] == [3, 4, 0, 1, 2]
-
-
-def test_prompts_that_cannot_be_used_are_counted(home, capsys):
-    rows = [{"prompt": value} for value in ("ok", "long " * 90, None, " ", [{"role": "user"}])]
-    assert [item.key for item in prompts_of(home, rows)] == [(0, 0)]
-    line = capsys.readouterr().out
-    assert "1 rows, 4 left out: 1 x longer than --prompt_max_len 100 (row 1), 1 x neither text nor" in line
-    with pytest.raises(SystemExit):
-        prompts_of(home, rows, max_drop_ratio=0.05)
-
-
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("chat", [False, True])
-def test_the_prompt_is_the_one_that_sft_trains(home, bos, chat):
-    sft, tokenizer = load_script("sft"), make_tokenizer(bos=bos)
-    flags = {"apply_chat_template": chat, "input_template": None if chat else "Q: {}\nA:"}
-    (item,) = prompts_of(home, [{"prompt": QUESTIONS[1]}], tokenizer, **flags)
-    args = sft.Args(pretrain="", dataset="", **flags)
-    direct = sft.encode(QUESTIONS[1], " It is 8.", tokenizer, args)[0].tolist()
-    ours = sft.encode(item.row["input"], " It is 8.", tokenizer, args, "stop")[0].tolist()
-    assert direct[: len(item.prompt)] == item.prompt
-    assert direct == ours
-    assert (item.prompt[0] == 2) == (bos and not chat) == item.row["input"].startswith("<bos>")
-    user = [{"role": "user", "content": QUESTIONS[1]}]
-    assert item.row.items() >= ({"messages": user} if chat else {"prompt": QUESTIONS[1]}).items()
-
-
-def test_conversations_are_asked_up_to_their_last_question(home):
-    turns = [("user", "1?"), ("assistant", "1"), ("user", "2?"), ("assistant", "2")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    shared = [{"from": role, "value": text} for role, text in turns]
-    for row in ({"messages": messages}, {"conversations": shared}):
-        (item,) = prompts_of(home, [row])
-        assert item.row["input"] == "<|user|>1?\n<|assistant|>1<eos>\n<|user|>2?\n<|assistant|>"
-        assert [message["content"] for message in item.row["messages"]] == ["1?", "1", "2?"]
-
-
-def test_several_datasets(home, tmp_path, capsys):
-    a = write(tmp_path / "a.jsonl", [{"prompt": f"a{i}"} for i in range(3)])
-    (tmp_path / "b.json").write_text(json.dumps([{"prompt": "b0"}]))
-    args = script.Args(**flags_of(home, "generate", "", dataset=f"{a}, {tmp_path}/b.json"))
-    assert [row["prompt"] for row in script.load_rows(args)] == ["a0", "a1", "a2", "b0"]
-    args.dataset_probs = "0.5,0.75"
-    assert [row["prompt"] for row in script.load_rows(args)] == ["a0", "a1", "b0", "b0", "b0"]
 
 
 # --- scoring
@@ -283,30 +221,13 @@ def openrlhf(home):
     return folder
 
 
-def test_openrlhf_head(home, samples, openrlhf, tmp_path, capsys):
-    """It looks at EOS even where pad is EOS. Where its config does not name the head, the flag does."""
+def test_openrlhf_head(home, samples, openrlhf, tmp_path):
+    """It looks at EOS even where pad is EOS."""
     flags = {"dataset": str(home / "samples.jsonl"), "max_samples": 8}
     rows = run(home, "rm", tmp_path / "a.jsonl", pretrain=str(openrlhf), **flags)
     for row in rows:
         expected = (hugging_face_score(home / "rm_pad_eos", scored_text(row), pad=None) + 0.75) / 2.5
         assert row["reward"] == pytest.approx(expected, abs=1e-5)
-    shutil.copytree(openrlhf, tmp_path / "rm")
-    config = json.loads((tmp_path / "rm/config.json").read_text())
-    del config["value_head_prefix"]
-    (tmp_path / "rm/config.json").write_text(json.dumps(config))
-    flags["pretrain"] = str(tmp_path / "rm")
-    assert run(home, "rm", tmp_path / "b.jsonl", value_head_prefix="reward_head", **flags) == rows
-    assert "lacks score.weight" in stops(capsys, home, "rm", tmp_path / "c.jsonl", **flags)
-
-
-def test_bf16_keeps_the_head_in_fp32(home, samples, tmp_path):
-    flags = {"dataset": str(home / "samples.jsonl"), "max_samples": 8}
-    exact, rounded = (run(home, "rm", tmp_path / f"{b}.jsonl", bf16=b, **flags) for b in (False, True))
-    error = np.array([a["reward"] - b["reward"] for a, b in zip(exact, rounded, strict=True)])
-    assert 0 < np.abs(error).max() < 0.15
-    body, head, *_ = script.load_reward_model(script.Args(**flags_of(home, "rm", "", bf16=True)), "cpu")
-    saved = AutoModelForSequenceClassification.from_pretrained(home / "rm", dtype=torch.float32).score.weight
-    assert torch.equal(head.weight, saved) and body.norm.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral", "gemma2", "gpt2"])
@@ -328,33 +249,25 @@ def test_a_shared_prompt_changes_nothing(kind):
             torch.testing.assert_close(found, alone[len(item.prompt) :], atol=2e-5, rtol=1e-4)
 
 
-def texts_of(home, model, rows, **flags):
-    args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), **flags))
-    tokenizer, config = make_tokenizer(), script.model_config(args.pretrain, args)
-    items = script.scoring_items(rows, tokenizer, config, {}, args)[1]
-    return [tokenizer.decode(item.prompt + item.response) for item in items]
-
-
 def test_what_a_reward_model_reads(home, openrlhf):
     """Messages: Hugging Face heads read all of the template, OpenRLHF's up to EOS; nothing follows a cut answer."""
     row = {"input": "policy's own form", "output": "yes", "messages": [{"role": "user", "content": "ok?"}]}
     rows = [row | {"finish_reason": "stop"}, row | {"finish_reason": "length"}]
-    chat = "<|user|>ok?\n<|assistant|>yes"
-    assert texts_of(home, home / "rm", rows, apply_chat_template=True) == [chat + "<eos>\n", chat]
-    assert texts_of(home, openrlhf, rows, apply_chat_template=True) == [chat + "<eos>", chat]
-    plain = "policy's own formyes"
-    for model in (home / "rm", openrlhf):
-        assert texts_of(home, model, rows) == [plain + "<eos>", plain]
+    chat, plain = "<|user|>ok?\n<|assistant|>yes", "policy's own formyes"
+    for model, end in ((home / "rm", "<eos>\n"), (openrlhf, "<eos>")):
+        for templated, expected in ((True, [chat + end, chat]), (False, [plain + "<eos>", plain])):
+            args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), apply_chat_template=templated))
+            tokenizer, config = make_tokenizer(), script.model_config(args.pretrain, args)
+            items = script.scoring_items(rows, tokenizer, config, {}, args)[1]
+            assert [tokenizer.decode(item.prompt + item.response) for item in items] == expected
 
 
 def test_rows_that_cannot_be_scored_get_null(home, tmp_path, capsys):
     rows = [{"input": "What? ", "output": text} for text in ("1", "2 " * 60, None, "4")]
     flags = {"dataset": write(tmp_path / "x.jsonl", rows), "max_len": 40}
     assert "1 x longer than 40 tokens" in stops(capsys, home, "rm", tmp_path / "a.jsonl", **flags)
-    assert not list(tmp_path.glob("a.jsonl*"))
     scored = run(home, "rm", tmp_path / "a.jsonl", max_drop_ratio=0.5, **flags)
     assert [row["reward"] is None for row in scored] == [False, True, True, False]
-    assert scored[0]["reward"] == pytest.approx(hugging_face_score(home / "rm", "What? 1<eos>"), abs=1e-5)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -397,19 +310,6 @@ def test_rejection_sampling():
     assert best(equal, drop_all_equal=True) == [5, 7]  # a sample alone has nothing to equal
 
 
-def test_a_prompt_is_all_that_is_asked_and_no_answer():
-    """Alpaca's prompt is in two columns; a conversation holds its answer too."""
-    keys = ("instruction", "output")
-    rows = [("cat", "c", 1.0), ("dog", "d", 1.0), ("cat", "C", 2.0)]
-    rows = [{"instruction": "Translate.", "input": i, "output": o, "reward": r} for i, o, r in rows]
-    assert post("best_samples", rows, keys) == [rows[2], rows[1]]
-    (pair,) = post("best_and_worst", rows, keys)
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Translate.\n\ncat", "C", "c")
-    turns = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}] for text in "abc"]
-    rows = [{"messages": messages, "reward": reward} for messages, reward in zip(turns, (1, 3, 2), strict=True)]
-    assert post("best_samples", rows, ("messages", None)) == [rows[1]]
-
-
 def test_iterative_dpo_pairs(capsys):
     """Best against worst of an id; no pair from ties, one response, null rewards or a margin that is too small."""
     given = [(0, "a", 1.0), (0, "b", 3.0), (0, "c", -2.0), (0, "d", None), (1, "a", 1.0), (1, "b", 1.0)]
@@ -442,6 +342,10 @@ def test_csft_trains_on_the_prompt_that_csft_prompt_asks_with(home, kind, bos):
     (seen,) = prompts_of(home, [{"prompt": prompt}], tokenizer, csft_prompt=asked, **flags)
     assert f"{QUESTIONS[1]} <rm_score>: {asked:.2f} " in seen.row["input"] + " "
     assert seen.row["plain_input"] == plain.row["input"]
+    args = sft.Args(pretrain="", dataset="", **flags)
+    direct = sft.encode(prompt, answer, tokenizer, args)[0].tolist()
+    assert direct[: len(plain.prompt)] == plain.prompt
+    assert direct == sft.encode(plain.row["input"], " It is 8.", tokenizer, args, "stop")[0].tolist()
     for rows, keys in ((source, ("prompt", "response")), (ours, ("input", "output"))):
         row = post("conditional_rows", rows, keys, normalize_reward=bos, **flags)[0]
         assert list(row)[-3:] == ["reward", "input", "output"] and row["reward"] == rewards[0]
@@ -449,14 +353,6 @@ def test_csft_trains_on_the_prompt_that_csft_prompt_asks_with(home, kind, bos):
         ids, trained = sft.encode(row["input"], row["output"], tokenizer, args, row.get("finish_reason"))
         assert ids[-1] == 1 and trained[-1]
         assert ids[: len(seen.prompt)].tolist() == seen.prompt
-
-
-def test_csft_rewards_never_give_nan():
-    assert script.reward_statistics([{"reward": 0.1}] * 3) == (0.1, 0.0)  # np.std: 1e-17
-    row = {"input": "Q", "output": "A", "reward": 2.0}
-    for rewards in ([2.0], [2.0, 2.0], [2.0, None]):
-        rows = post("conditional_rows", [row | {"reward": reward} for reward in rewards], normalize_reward=True)
-        assert {row["input"] for row in rows} == {"Q <rm_score>: 0.00 "}
 
 
 # --- reward functions
@@ -488,9 +384,6 @@ def broken(prompt, response, row):
 def slow(prompt, response, row):
     time.sleep(0.02)
     return len(response)
-
-def two(prompt, response):
-    return 0
 """
 
 
@@ -526,37 +419,6 @@ def test_calls_without_a_reward(home, tmp_path, capsys):
     assert json.loads((tmp_path / "a.jsonl.meta.json").read_text())["summary"]["without_reward"] == 6
 
 
-def test_reward_functions_that_cannot_be_used(home, tmp_path, capsys):
-    """They stop before anything else is loaded, or where all calls fail; nothing is left of it."""
-    rows = [{"input": f"{i}", "output": "A"} for i in range(500)]
-    flags = {"dataset": write(tmp_path / "x.jsonl", rows), "pretrain": ""}
-    file = f"{home}/my-rewards.py"
-    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
-    cases = {"none.py:f": "there is no file 'none.py'", f"{file}:missing": "has no attribute 'missing'"}
-    cases |= {f"{file}:two": "too many positional arguments", f"{file}:digits=heavy": "heavy", file: "must be FILE"}
-    cases |= {f"{tmp_path}/bad.py:f": "No module named", "model=1": "must be FILE.py:NAME"}
-    cases |= {f"{file}:digits,{file}:digits": "a second digits"}
-    for spec, message in cases.items():
-        assert message in stops(capsys, home, "rm", tmp_path / "a.jsonl", reward_fn=spec, **flags)
-    assert not list(tmp_path.glob("a.jsonl*"))
-    line = stops(capsys, home, "rm", tmp_path / "a.jsonl", reward_fn=f"{file}:broken", **flags)
-    assert "failed on each of the first" in line and "KeyError: 'no such thing'" in line
-
-
-def test_gsm8k_reward(home, tmp_path):
-    """The prompts' answers reach the function through generate."""
-    file, names = REPO / "examples/rewards/gsm8k.py", {}
-    exec(file.read_text(), names)
-    answers = ["so #### 1,234", "#### $1234.00", "first #### 3 then\n#### 1234.", "#### -1234", "1234", "#### x"]
-    assert [names["correct"]("", text, {"answer": "12 * ... #### 1234"}) for text in answers] == [1, 1, 1, 0, 0, 0]
-    assert names["correct"]("", "#### -7", {"answer": " -7 "}) == 1 and names["marked"]("", "1234", {}) == 0
-    rows = [{"question": text, "answer": f"#### {i}"} for i, text in enumerate(QUESTIONS)]
-    run(home, "generate", tmp_path / "g.jsonl", dataset=write(tmp_path / "x.jsonl", rows))
-    lines = [row | {"output": f"#### {row['id'] // 2 * 2}"} for row in read(tmp_path / "g.jsonl")]
-    flags = {"dataset": write(tmp_path / "y.jsonl", lines), "pretrain": "", "reward_fn": f"{file}:correct"}
-    assert [row["reward"] for row in run(home, "rm", tmp_path / "r.jsonl", **flags)] == [1.0, 0.0] * 6
-
-
 # --- resuming, ranks
 
 
@@ -566,41 +428,8 @@ def test_the_same_command_does_nothing_another_replaces(home, tmp_path, capsys):
     stamp = out.stat().st_mtime_ns
     assert run(home, "generate", out, tp_size=2, **flags) == first
     assert out.stat().st_mtime_ns == stamp and "nothing to do" in capsys.readouterr().out
-    out.write_text(out.read_text() + "\n")  # somebody changed it
-    assert run(home, "generate", out, **flags) == first
-    assert "will be replaced: other content" in capsys.readouterr().out
     assert run(home, "generate", out, seed=7, **flags) != first
     assert "will be replaced: other seed" in capsys.readouterr().out
-
-
-def test_parts(home, samples, tmp_path, monkeypatch, capsys):
-    """Results of another command are not taken; a line that a kill cut off is made again."""
-    out = tmp_path / "out.jsonl"
-    read_sample = script.read_sample
-
-    def dies_at(n):
-        calls = []
-
-        def patched(*given):
-            calls.append(given)
-            if len(calls) > n:
-                raise KeyboardInterrupt
-            return read_sample(*given)
-
-        monkeypatch.setattr(script, "read_sample", patched)
-
-    for seed, n in ((1, 20), (42, 20), (42, 20)):
-        dies_at(n)
-        with pytest.raises(KeyboardInterrupt):
-            run(home, "generate", out, best_of_n=4, micro_batch_size=2, seed=seed)
-        for path in Path(f"{out}.partial").rglob("*.jsonl"):
-            path.write_bytes(path.read_bytes()[:-7])
-    monkeypatch.setattr(script, "read_sample", read_sample)
-    capsys.readouterr()
-    whole = run(home, "generate", tmp_path / "whole.jsonl", best_of_n=4, micro_batch_size=2)
-    assert run(home, "generate", out, best_of_n=4, micro_batch_size=2) == whole
-    assert "resume 4 of 6 batches" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.glob("out*")} == {"out.jsonl", "out.jsonl.meta.json"}
 
 
 def launch(tmp_path, configs, ranks=1):
@@ -698,41 +527,28 @@ def test_kills(home, fork, tmp_path, task, kills):
 # --- bad input
 
 
-def command(flags):
-    """The command line of Args' flags."""
-    words = [sys.executable, str(REPO / "batch_infer.py")]
-    for name, value in flags.items():
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
-
-
 def test_bad_input(home, samples, tmp_path, capsys):
     two = Qwen2ForSequenceClassification(make_config(make_tokenizer(), num_labels=2))
     save(two, make_tokenizer(), tmp_path / "two")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
-    (tmp_path / "list.jsonl").write_text("[1, 2]")
     scored = {"task": "rm", "dataset": str(home / "samples.jsonl")}
     cases = {
         "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
-        "are of --eval_task rm, not logps": {"task": "logps", "reward_fn": "x.py:y"},
+        "there is no file 'none.py'": {"task": "rm", "reward_fn": "none.py:f"},
+        "has no attribute 'missing'": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
+        "failed on each of the first": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
         "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
         "--top_p above 0 and at most 1": {"top_p": 1.5},
-        "--temperature must be": {"temperature": -1.0},
-        "--best_of_n must be 1 or more, not 0": {"best_of_n": 0},
         "--best_of_n 2: greedy samples are all the same": {"greedy_sampling": True, "best_of_n": 2},
         "it has the columns prompt: choose with --input_key": {"input_key": "prmpt"},
-        "it has the columns prompt: choose with --input_key, --output_key": {"task": "rm"},
         "--prompt_max_len 100 + --max_new_tokens 200 is more than the model's 256": {"max_new_tokens": 200},
         "nowhere.jsonl": {"dataset": str(tmp_path / "nowhere.jsonl")},
         "empty.jsonl": {"dataset": write(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
-        "list.jsonl'": {"dataset": str(tmp_path / "list.jsonl")},
-        "it is a folder, or our input": {"dataset": str(tmp_path / "out.jsonl")},
         "'./no-such-model'": {"pretrain": "./no-such-model"},
         "policy lacks score.weight": scored | {"pretrain": str(home / "policy")},
         "score.weight is [2, 64]: the head of a reward model has one label": scored | {"pretrain": f"{tmp_path}/two"},
-        "one share for each of 2": {"dataset": f"{home}/prompts.jsonl,{home}/samples.jsonl", "dataset_probs": "1"},
         "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
     }
     if importlib.util.find_spec("vllm") is None:
@@ -746,6 +562,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
 # --- vLLM
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_vllm(home, tmp_path):
     """Greedy: Hugging Face's rows. Sampled: a sample does not depend on its companions, or on the engine."""
@@ -764,21 +581,14 @@ def test_vllm(home, tmp_path):
 @pytest.mark.slow
 @needs_vllm
 def test_vllm_engines(home, tmp_path):
-    """Two engines give the rows of one; they end with their parent; one that fails ends all, with a way out."""
+    """Two engines give the rows of one; they end with their parent."""
     flags = {"best_of_n": 3, "temperature": 0.8, "max_samples": 6}
-    one, two = (flags_of(home, "generate_vllm", tmp_path / f"{n}.jsonl", dp_size=n, **flags) for n in (1, 2))
-    for words in (command(one), command(two)):
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for n in (1, 2):
+        launch(tmp_path, [flags_of(home, "generate_vllm", tmp_path / f"{n}.jsonl", dp_size=n, **flags)])
     assert read(tmp_path / "1.jsonl") == read(tmp_path / "2.jsonl")
-    config = json.loads((home / "policy/config.json").read_text())
-    shutil.copytree(home / "policy", tmp_path / "policy")
-    (tmp_path / "policy/config.json").write_text(json.dumps(config | {"num_attention_heads": 7}))
-    bad = two | {"pretrain": str(tmp_path / "policy"), "output_path": str(tmp_path / "bad.jsonl")}
-    done = subprocess.run(command(bad), capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" in done.stderr
-    assert "error: a vLLM engine failed, see above" in done.stderr and "--eval_task generate" in done.stderr
-    killed = subprocess.Popen(command(two | {"seed": 7}), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    Path(tmp_path / "2.jsonl").unlink()
+    words = [sys.executable, REPO / "tests/launch.py", "batch_infer", tmp_path / "configs.json"]
+    killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     engines = []
     while len(engines) < 2 and killed.poll() is None:
         time.sleep(0.1)

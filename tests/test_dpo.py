@@ -1,7 +1,6 @@
 """dpo.py against closed forms, Hugging Face's own forward, plain torch, TRL, hand-made rows, and itself resumed."""
 
 import functools
-import gc
 import itertools
 import json
 import math
@@ -9,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -237,7 +235,6 @@ FIRST_LOSSES = [
     ({"label_smoothing": 0.2, "bf16": True}, math.log(2)),
     ({"loss_type": "robust", "label_smoothing": 0.2, "zero_stage": 3}, math.log(2)),
     ({"loss_type": "hinge", "lora_rank": 4, "lora_dropout": 0.5}, 1.0),
-    ({"ipo": True, "beta": 0.5}, 1.0),
     ({"length_normalized": True, "packing_samples": True}, math.log(2)),
 ]
 
@@ -381,41 +378,6 @@ def test_reference_is_computed_once(run, other, tmp_path):
             assert write_values.call_count == count
 
 
-def test_killed_reference_pass_starts_again(run, tmp_path):
-    with killed_at("fetch", 5):  # of 13 passes
-        assert run(micro_train_batch_size=1) == "killed"
-    assert not list((tmp_path / "cache").glob("logps*.npy"))
-    assert run(micro_train_batch_size=1, max_steps=1) == 0  # the check of the first loss included
-
-
-def test_cache_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
-    """A notice, and a temporary folder in its place."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "file").touch()
-    assert run(cache_dir=str(tmp_path / "file/cache"), max_steps=1) == 0
-    assert "notice --cache_dir" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("flatalign-*/logps*.npy"))) == 1
-
-
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_only_one_model_in_memory(zero_stage, run, tmp_path, monkeypatch):
-    """Each of: the reference for the training rows, for the held-out ones, the policy."""
-    models, alive, load_model = [], [], dpo.load_model
-
-    def spy(*args):
-        before = [p for model in models if model() for p in model().parameters()]
-        alive.append(sum(getattr(p, "ds_tensor", p).numel() for p in before))
-        models.append(weakref.ref(model := load_model(*args)))
-        return model
-
-    monkeypatch.setattr(dpo, "load_model", spy)
-    gc.disable()
-    held_out = write_rows(tmp_path / "held_out.jsonl", make_pairs(10, seed=7))
-    assert run(zero_stage=zero_stage, max_steps=1, eval_dataset=held_out) == 0
-    gc.enable()
-    assert alive == [0, 0, 0]
-
-
 # --- resume
 
 LORA = {"lora_rank": 4, "lora_dropout": 0.1}
@@ -463,26 +425,20 @@ def said(*contents):
 
 
 TEXTS = {"chosen": "river", "rejected": "walls"}
-TALKS = {"chosen": said("red?", "river"), "rejected": said("red?", "walls")}
 ASKED = "<|user|>red?<eos>\n<|assistant|>"
 LONG = f"<|user|>a<eos>\n<|assistant|>b<eos>\n{ASKED}"
 LONG_TALKS = {"chosen": said("a", "b", "red?", "river"), "rejected": said("a", "b", "red?", "walls")}
 HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: red?\n\nAssistant:"
-HH_ROW = {"chosen": f"{HH} river", "rejected": f"{HH} walls"}
 SAMPLED = {"chosen_finish_reason": "stop", "rejected_finish_reason": "length", "chosen_reward": 1.0, "id": 3}
 CHAT = {"apply_chat_template": True}
 RENAMED = {"q": "red?", "good": "river", "bad": "walls", "prompt": "no", "chosen": "no", "rejected": "yes"}
 KEYS = {"prompt_key": "q", "chosen_key": "good", "rejected_key": "bad"}
 LAYOUTS = {  # name: (row, flags, prompt, responses where they are not those of TEXTS and EOS)
     "text": ({"prompt": "red?\n", **TEXTS}, {}, "red?\n"),
-    "numbers": ({"prompt": "2+2=", "chosen": 4, "rejected": 5.5}, {}, "2+2=", "4<eos>", "5.5<eos>"),
     "prompt of messages": ({"prompt": said("a", "b", "red?"), **TEXTS}, {}, LONG),
     "conversations": (LONG_TALKS, {}, LONG),
-    "conversations and messages": ({"prompt": said("red?"), **TALKS}, {}, ASKED),
-    "hh-rlhf as text": (HH_ROW, {}, HH, " river<eos>", " walls<eos>"),
-    "hh-rlhf as a chat": (HH_ROW, CHAT, LONG),
+    "hh-rlhf as a chat": ({"chosen": f"{HH} river", "rejected": f"{HH} walls"}, CHAT, LONG),
     "sampled": ({"prompt": ASKED, **TEXTS, **SAMPLED}, CHAT, ASKED, "river<eos>", "walls"),
-    "question": ({"question": "red?", **TEXTS}, {}, "red?"),
     "key flags": (RENAMED, KEYS, "red?"),
 }
 
@@ -493,28 +449,13 @@ def test_layouts(name, pairs_of):
     assert pairs_of([row], **flags) == [[prompt, *(responses or ["river<eos>", "walls<eos>"])]]
 
 
-def test_pairs_that_are_dropped(pairs_of, capsys):
-    """Identical pairs do not count for --max_drop_ratio, what cannot be used does."""
-    good, same = {"prompt": "red?", **TEXTS}, {"prompt": "red?", "chosen": "old", "rejected": "old"}
-    cut = {"prompt": "red?", "chosen": "a " * 60 + "b", "rejected": "a " * 60 + "c"}  # differ behind max_len
-    bad = [{**good, "chosen": text} for text in ("", " \n", None, [], True)]
-    assert len(pairs_of([good, same, same, cut, *bad, good], max_drop_ratio=0.5, max_len=40)) == 2
-    out = capsys.readouterr().out
-    assert re.search(r"dropped 3 of 10 rows: chosen == rejected; the first: .*rows.jsonl:2", out)
-    assert "dropped 2 of 10 rows: empty response; the first" in out
-    assert len(pairs_of([good] * 10 + [same] * 20)) == 10
-
-
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 BAD_INPUT = [  # rows, flags, what the error says
     ([{"text": "a"}], {}, "has the columns text: choose with --prompt_key"),
-    ([GOOD], {"prompt_key": "question"}, "has the columns prompt, chosen, rejected"),
     ([{"chosen": "b", "rejected": "c"}], {}, "no prompt column, and no"),
     ([{**GOOD, "rejected": "b"}] * 2, {}, "chosen == rejected"),
     ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: empty response"),
-    ([GOOD, {**GOOD, "prompt": "red " * 200}], {}, "rows.jsonl:2: nothing to train within max_len"),
     ([GOOD], {"ref_pretrain": "no/such-model"}, "no/such-model"),
-    ([GOOD], {"label_smoothing": 0.5}, "--label_smoothing"),
     ([GOOD], {"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing"),
     ([GOOD], {"loss_type": "simpo", "ref_pretrain": "other"}, "--ref_pretrain"),
     ([GOOD], {"beta": 0.0}, "--beta must be above 0"),
