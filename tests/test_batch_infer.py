@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ def run(home, task, out, **flags):
     """Runs main() in this process; returns the rows it wrote."""
     script.main(script.Args(**flags_of(home, task, out, **flags)))
     return read(out)
+
+
+def test_a_seed_for_every_sample_and_iteration():
+    args = {"seed": 1, "iter": 0}
+    kinds = [args, args | {"seed": 2}, args | {"iter": 1}]
+    seeds = {script.make_seed(SimpleNamespace(**kind), (row, n)) for kind in kinds for row in (0, 1) for n in (0, 1)}
+    assert len(seeds) == 12
 
 
 def stops(capsys, home, task, out, **flags):
