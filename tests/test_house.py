@@ -223,6 +223,15 @@ def test_checks_find_violations(check, old, new):
     assert check({"dpo.py": MODEL_SCRIPT, "kto.py": fenced.replace(old, new)}) != []
 
 
+def test_what_may_change_when_a_run_is_resumed():
+    """Every other flag, a copier's new ones too, belongs to a run's identity."""
+    free = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split eval_steps cache_dir
+        num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint local_rank"""
+    for name in ("sft.py", "dpo.py", "kto.py", "kd.py"):
+        words = re.search(r'FREE_FLAGS = """(.*?)"""', SCRIPTS[name], re.S)[1]
+        assert words.split() == free.split(), name
+
+
 def test_shell_scripts_parse():
     for path in (REPO / "iterate.sh", REPO / ".ci/run"):
         subprocess.run(["bash", "-n", path], check=True)
