@@ -20,7 +20,7 @@ MAX_LINES = {"sft.py": 1100, "kd.py": 1360, "dpo.py": 1400, "kto.py": 1385, "bat
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
 MAX_TEST_LINES, MAX_NODES = (
-    4010,
+    4030,
     13,
 )  # of tests/*.py together; syntax nodes per line of code: less, not denser
 OWN = ("Args", "main", "encode_row", "choose_keys")  # each script has its own of these
