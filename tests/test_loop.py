@@ -1,4 +1,5 @@
-"""The whole loop on the toy, as a newcomer runs it: minutes each, so all of them are slow tests."""
+"""The whole loop on the toy, as a newcomer runs it: minutes each. The first is a slow test; the others, which
+take half an hour together, run with `python -m pytest -m loop`."""
 
 import json
 import os
@@ -15,7 +16,6 @@ REPO = Path(__file__).resolve().parents[1]
 HF = {
     "GENERATE_FLAGS": "--eval_task generate"
 }  # starts faster than vLLM, which the first loop uses where it is
-pytestmark = pytest.mark.slow
 
 
 def run(command, **settings):
@@ -48,6 +48,7 @@ def on_the_same_toy(raft, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_raft_raises_reward_and_truth(raft):
     out, report, verdict = raft
     assert verdict.startswith("reward rose: ") and report[-1]["reward"] > report[0]["reward"] + 0.5
@@ -59,6 +60,7 @@ def test_raft_raises_reward_and_truth(raft):
     assert "reward rose" in iterate(out)[1]  # the same command again: nothing to do but the report
 
 
+@pytest.mark.loop
 def test_a_random_reward_leaves_the_truth_alone(raft, tmp_path):
     """The control: trained on the best samples of a reward that knows nothing, the true score hardly moves."""
     reward = (
@@ -72,12 +74,14 @@ def test_a_random_reward_leaves_the_truth_alone(raft, tmp_path):
     assert moved < 0.2 * real, (moved, real)
 
 
+@pytest.mark.loop
 def test_iterative_dpo_raises_the_reward(raft, tmp_path):
     out = on_the_same_toy(raft, tmp_path / "run")
     report, verdict = iterate(out, METHOD="iter_dpo", TRAINING_ITERS=2, KL=0, **HF)
     assert verdict.startswith("reward rose: ") and report[-1]["reward"] > report[0]["reward"] + 0.15
 
 
+@pytest.mark.loop
 def test_distillation_lowers_the_divergence_from_the_teacher(raft, tmp_path):
     out = on_the_same_toy(raft, tmp_path / "run")
     report, verdict = iterate(out, METHOD="distill", **HF)
@@ -87,6 +91,7 @@ def test_distillation_lowers_the_divergence_from_the_teacher(raft, tmp_path):
     assert report[-1]["true_score"] > report[0]["true_score"] + 0.5  # the teacher knows, the student did not
 
 
+@pytest.mark.loop
 def test_conditional_sft_gives_the_rewards_it_is_asked_for(raft, tmp_path):
     out = on_the_same_toy(raft, tmp_path / "run")
     report, verdict = iterate(out, METHOD="csft", **HF)
@@ -95,6 +100,7 @@ def test_conditional_sft_gives_the_rewards_it_is_asked_for(raft, tmp_path):
     assert np.all(np.diff(achieved) > 0) and verdict.startswith("csft: slope"), verdict
 
 
+@pytest.mark.loop
 def test_raft_on_arithmetic_with_a_python_reward(tmp_path):
     """Two-digit additions, two in five of the labels wrong; the reward checks the sum, and no model is asked."""
     rng = random.Random(0)
