@@ -1107,7 +1107,7 @@ def difference(folder, identity):
             changed.append(key)
     if not changed:
         return ""
-    return f"{', '.join(changed)} changed. If that is harmless, edit {folder}/args.json"
+    return f"{', '.join(changed)} changed (if that is harmless: edit {folder}/args.json)"
 
 
 def checkpoints(args):
@@ -1151,7 +1151,7 @@ def open_run(args, identity):
             note(f"done   {target} is complete and made by this command: nothing to do")
             return None
         if target.resolve() != Path(args.pretrain).resolve():
-            die(f"--save_path {target} holds another model: {changed}, or choose another folder")
+            die(f"--save_path {target} holds another model, choose another folder: {changed}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -1159,7 +1159,7 @@ def open_run(args, identity):
     for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
-            die(f"{folder} is a checkpoint of another run: {changed}, or remove the checkpoint")
+            die(f"{folder} is a checkpoint of another run, remove it: {changed}")
         note(f"resume {folder}")
         return int(folder.name[5:])
     shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
