@@ -1107,7 +1107,7 @@ def difference(folder, identity):
             changed.append(key)
     if not changed:
         return ""
-    return f"{', '.join(changed)} changed (if that is harmless: edit {folder}/args.json)"
+    return f"{', '.join(changed)} changed. If that is harmless, edit {folder}/args.json"
 
 
 def checkpoints(args):
