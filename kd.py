@@ -31,6 +31,7 @@ import datetime
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -67,8 +68,6 @@ from datasets import Features, List, Value
 
 @dataclass
 class Args:
-    # --- model
-
     pretrain: str  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights, in training with fp32 master weights; --no-bf16: fp32
     flash_attn: bool = False  # accepted for old commands: on a GPU attention is FlashAttention in any case
@@ -76,10 +75,7 @@ class Args:
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
     lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # dropout in front of the LoRA adapters, 0 to 1; all other dropout is off
-    trust_remote_code: bool = False  # run Python code that comes with the model
-    tokenizer_chat_template: str | None = None  # Jinja text, or a .jinja file, in place of the model's own
-
-    # --- data
+    tokenizer_chat_template: str | None = None  # Jinja text in place of the model's own template
 
     # comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)
     dataset: str = tyro.MISSING
@@ -97,8 +93,6 @@ class Args:
     multiturn: bool = False  # train every assistant turn of a conversation, not just the last
     pretrain_mode: bool = False  # language modelling: train every token of input_key's text
 
-    # --- loss
-
     teacher_model: str = tyro.MISSING  # the teacher, with the student's tokenizer: a folder or hub name
     teacher_offload: bool = False  # with --zero_stage 3: keep the teacher's weights in CPU memory
     teacher_topk: int = 0  # distil this many likeliest tokens of the teacher, computed once; 0 = all, live
@@ -106,8 +100,6 @@ class Args:
     # the divergence: forward_kl covers the teacher's modes, reverse_kl seeks one, the others are between
     kd_loss: Literal["forward_kl", "reverse_kl", "jsd", "skew"] = "forward_kl"
     kd_temperature: float = 1.0  # softmax temperature of teacher and student in the distillation term
-
-    # --- optimisation
 
     learning_rate: float = 5e-6  # peak learning rate of AdamW
     # decay of the learning rate after the warm-up
@@ -126,8 +118,6 @@ class Args:
     zero_stage: Literal[0, 1, 2, 3] = 2  # shard over ranks: 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
 
-    # --- evaluation, logging, saving
-
     eval_dataset: str | None = None  # held-out rows, given as --dataset; no evaluation without it
     eval_split: str = "test"  # split of --eval_dataset, where it has splits
     eval_steps: int = -1  # evaluate every this many steps; -1 = at the end of each epoch; always at step 0
@@ -138,7 +128,7 @@ class Args:
     ckpt_path: str | None = None  # folder of the checkpoints; default: <save_path>.ckpt
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
-    local_rank: int = -1  # set by the deepspeed launcher
+    local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
         for name in ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "logging_steps"):
@@ -148,9 +138,12 @@ class Args:
             die("--kd_coef must be 0 to 1, --kd_temperature above 0, --teacher_topk 0 or more")
         self.save_path = self.save_path.rstrip("/")
         self.ckpt_path = self.ckpt_path or f"{self.save_path}.ckpt"
-        if self.input_template is not None and "{}" not in self.input_template:
+        if self.input_template and "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
+        if self.use_wandb and not importlib.util.find_spec("wandb"):
+            note("notice wandb is not installed: metrics are in metrics.jsonl only")
+            self.use_wandb = None
 
 
 # A run may be resumed with other values of these flags; every other flag belongs to its identity.
@@ -173,7 +166,7 @@ HARMLESS = ()  # reasons that --max_drop_ratio does not count
 ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError)
 
 
-# --- rows
+# --- rows and tokens
 
 
 def note(message):
@@ -189,82 +182,46 @@ def die(message):
     raise SystemExit(2)
 
 
-class JsonLines:
-    """Rows of a .jsonl file, each parsed when it is asked for; memory holds only where the lines begin."""
-
-    def __init__(self, path):
-        self.path, self.begins, position = path, [], 0
-        with open(path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    self.begins.append(position)
-                position += len(line)
-
-    def __len__(self):
-        return len(self.begins)
-
-    def __getitem__(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.begins[i])
-            line = file.readline()
-        try:
-            return json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"broken JSON: {e}") from e
-
-
-def open_rows(name, split):
+def open_rows(name, split, cache_dir=None):
     """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
     try:
-        # The datasets library would guess types: "2026-01-01" becomes a date, mixed columns fail.
         if kind == "jsonl":
-            return JsonLines(path)
+            # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
+            # types ("2026-01-01" becomes a date) and fails where columns are mixed.
+            return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
             return tuple(json.loads(Path(path).read_bytes()))  # no list: see encode_table
         if kind in ("csv", "parquet", "arrow"):
-            return datasets.load_dataset(kind, data_files=path, split="train")
+            return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
             return rows[split] if isinstance(rows, dict) else rows
-        return datasets.load_dataset(path, subset or None, split=split)
+        return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-
-
-# --- text and tokens. A ValueError says why a row cannot be used
-
-
-def model_config(path, args):
-    """What config.json says of a language model."""
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-    return config.get_text_config()
+        cause = e.__cause__ or e
+        die(f"dataset {name!r}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
 
 
 def load_tokenizer(path, args):
     """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
-        model_config(path, args)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        transformers.AutoConfig.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
-    template = args.tokenizer_chat_template
-    if template and template.endswith(".jinja"):
-        if not Path(template).is_file():
-            die(f"--tokenizer_chat_template {template}: no such file")
-        template = Path(template).read_text()
-    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
-        die(f"model {path!r} has no chat template: --tokenizer_chat_template FILE.jinja")
+        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
 def as_messages(value, role):
     """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, int, float)):
         return [{"role": role, "content": str(value)}]
     if not isinstance(value, list):
         raise ValueError(f"neither text nor messages but {type(value).__name__}")
@@ -282,8 +239,8 @@ def as_messages(value, role):
 def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
     """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
 
-    finish_reason is set in rows of batch_infer.py, whose prompt is text that holds template and BOS already.
-    Plain text is a chat whose template just joins the parts. A token is trained if it ends in a trained span.
+    Plain text is a chat whose template just joins the parts. Rows of batch_infer.py have a finish_reason;
+    their prompt holds template and BOS already. A token is trained if it ends in a trained span.
     """
     sampled = finish_reason is not None
     listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
@@ -356,11 +313,12 @@ def choose_keys(row, args):
     for keys in layouts:
         if set(keys) - {None} <= set(row):
             return keys
-    raise ValueError(f"it has the columns {', '.join(row)}: choose with --input_key, --output_key")
+    wanted = " and ".join(filter(None, [args.input_key, args.output_key])) or "of a known layout"
+    raise ValueError(f"no column {wanted} (--input_key, --output_key) but {', '.join(row)}")
 
 
 def encode_row(row, tokenizer, args):
-    """The examples of a row, just one here: the columns of FEATURES that depend on the algorithm."""
+    """The examples of a row, here just one: the first columns of FEATURES."""
     prompt_key, response_key = choose_keys(row, args)
     prompt = row[prompt_key]
     response = row[response_key] if response_key else []
@@ -372,61 +330,57 @@ def encode_row(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained}]
 
 
-# --- examples: rows are encoded once per node, into an Arrow table that all ranks memory-map
-
-
 def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
-    """Yields the examples of each row of the spans [(first, last)]: for one that cannot be used, a reason.
-
-    No exception may leave a generator of the datasets library: of its cause only a traceback would arrive.
-    """
-    for first, last in spans:
-        for i in range(first, last):
-            reason = ""
-            try:
-                row = rows[i]
-                if not isinstance(row, dict):
-                    raise ValueError("a row must be an object")
-                examples = encode_row(row, tokenizer, args)
-                if max(max(example["input_ids"]) for example in examples) >= vocab_size:
-                    raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
-            except ROW_ERRORS as e:
-                reason = str(e).partition("\n")[0][:200] or type(e).__name__
-                examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
-            for example in examples:
-                example |= {"where": f"{name}:{i + 1}", "reason": reason}
-                example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
-                yield example
+    """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
+    for i in itertools.chain(*spans):
+        row, reason = rows[i], ""
+        if row == "":  # a blank line of a .jsonl
+            continue
+        try:
+            row = json.loads(row) if isinstance(row, str) else row
+            if not isinstance(row, dict):
+                raise ValueError("a row must be an object")
+            examples = encode_row(row, tokenizer, args)
+            if max(max(example["input_ids"]) for example in examples) >= vocab_size:
+                raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
+        except ROW_ERRORS as e:  # leaving the generator it would arrive as no more than a traceback
+            reason = str(e).partition("\n")[0][:200] or type(e).__name__
+            examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
+        for example in examples:
+            example |= {"where": f"{name}:{i + 1}", "reason": reason}
+            example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
+            yield example
 
 
 def stamp(path):
-    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them.
-
-    In a model folder those of the model count; others, such as a log, may lie beside them.
-    """
+    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them."""
     path = Path(path)
     files = [path, *path.rglob("*")]
-    if (path / "config.json").exists():
-        kinds = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py")
-        ours = ("args.json", ".meta.json")
-        files = [file for file in path.iterdir() if file.suffix in kinds and not file.name.endswith(ours)]
-    return [
-        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files) if file.is_file()
-    ]
+    if (path / "config.json").exists():  # a model; a log or samples may lie beside it
+        kinds = (
+            "*.safetensors",
+            "*.bin",
+            "config.json",
+            "token*",
+            "vocab*",
+            "merges.txt",
+            "*.jinja",
+            "*.model",
+        )
+        files = [file for kind in kinds for file in path.glob(kind)]
+    stats = [(file, file.stat()) for file in sorted(set(files)) if file.is_file()]
+    return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 def encode_table(name, split, tokenizer, vocab_size, args):
-    """The usable rows of one dataset as a table of examples: made by --num_proc processes, or found again."""
-    rows = open_rows(name, split)
-    if not len(rows):
-        die(f"dataset {name!r}: no rows")
+    """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
+    rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     source = [name, split, stamp(name.partition("@")[0]), getattr(rows, "_fingerprint", None)]
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
-    edges = np.linspace(0, n, 65).astype(int).tolist()
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
@@ -434,67 +388,55 @@ def encode_table(name, split, tokenizer, vocab_size, args):
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": list(zip(edges[:-1], edges[1:])), **inputs},
+        gen_kwargs={"spans": np.array_split(np.arange(n), 64), **inputs},
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
     usable = table.data["length"].to_numpy() > 0
     dropped = table[np.flatnonzero(~usable)]
-    counts = collections.Counter(dropped["reason"])
-    for reason, count in counts.most_common():
-        first = dropped["where"][dropped["reason"].index(reason)]
-        note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first}")
-    n_faulty = sum(count for reason, count in counts.items() if reason not in HARMLESS)
+    first = dict(zip(reversed(dropped["reason"]), reversed(dropped["where"])))  # of each reason
+    for reason, count in collections.Counter(dropped["reason"]).most_common():
+        note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
+    n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
     if n_faulty > args.max_drop_ratio * n or not usable.any():
-        summary = (
-            f"{len(dropped['where']):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio})"
-        )
-        die(f"{summary}; {dropped['where'][0]}: {dropped['reason'][0]}")
+        cause = [*dropped["where"], name][0] + ": " + [*dropped["reason"], "no rows"][0]
+        die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
     return table.select(np.flatnonzero(usable))
 
 
 def load_examples(names, probs, split, tokenizer, args):
     """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
-    config = model_config(args.pretrain, args)
+    config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         advice = f"--max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
-    names = [name.strip() for name in names.split(",")]
-    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
+    names = names.split(",")
+    tables = [encode_table(name.strip(), split, tokenizer, config.vocab_size, args) for name in names]
     if probs and len(tables) > 1:
-        shares = probs.split(",")
-        numbers = [share.strip().replace(".", "", 1).isdecimal() for share in shares]
-        if not all(numbers) or len(shares) != len(tables):
+        shares = [float(share) for share in probs.split(",")]
+        if len(shares) != len(tables):
             die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
-        total = sum(len(table) for table in tables)
-        orders = [
-            np.resize(np.arange(len(table)), round(float(p) * total)) for table, p in zip(tables, shares)
-        ]
-        tables = [table.select(order) for table, order in zip(tables, orders)]
+        sizes = [len(table) for table in tables]
+        for i, share in enumerate(shares):
+            tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
     return datasets.concatenate_datasets(tables)
-
-
-def column(table, name):
-    """A column of numbers, [B]."""
-    return table.with_format("numpy")[name][:]
 
 
 def fetch(table, indices):
     """Rows of the table as examples: {column: array or number}, and "index"."""
-    columns = table.with_format("numpy")[indices]
-    names = ["index", *columns]
-    return [dict(zip(names, values)) for values in zip(indices, *columns.values())]
+    columns = {"index": indices, **table.with_format("numpy")[indices]}
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-# --- packing, attention, log-probabilities
+# --- packing, attention, log-probabilities, the step
 
 
 def split_step(lengths, max_examples, max_tokens=None):
     """Deals the examples of a step over passes and ranks, the longest first.
 
-    lengths: tokens of each. A pass holds at most max_examples, or max_tokens if given. Returns the passes of
-    this rank as arrays of indices; every rank has as many, and some are empty where examples are few.
+    A pass holds at most max_examples, or max_tokens if given. Returns the passes of this rank as arrays of
+    indices; every rank has as many, and some are empty where examples are few.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
@@ -591,9 +533,8 @@ class LogProbs(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        core = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.parts = [core.base_model, core.get_output_embeddings()]  # in a list: not twice in the state dict
-        config = core.config.get_text_config()
+        self.parts = [model.base_model, model.get_output_embeddings()]  # a list: not twice in the state dict
+        config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
@@ -622,9 +563,8 @@ class LogProbs(nn.Module):
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
         rows = max(16, budget // (4 * weight.shape[0]))
         chunks = zip(*[tensor.split(rows) for tensor in tensors])
-        return torch.cat(
-            [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
-        )
+        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts)
 
     def forward(self, pack):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
@@ -774,9 +714,8 @@ def kd_step(engine, examples, args, train=True):
 
 def setup(args):
     """(rank, world size, device) of this process; quiets libraries. There is no process group yet."""
-    launch = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": max(args.local_rank, 0), "MASTER_ADDR": "127.0.0.1"}
-    for name, default in {**launch, "MASTER_PORT": 0}.items():
-        os.environ.setdefault(name, str(default))
+    for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
+        os.environ.setdefault(*default.split("="))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -784,14 +723,10 @@ def setup(args):
     if rank != 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
-    for category in (
-        FutureWarning,
-        UserWarning,
-    ):  # of libraries; one is about the scheduler: see start_engine
-        warnings.simplefilter("ignore", category)
+    warnings.simplefilter("ignore")
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     args.cache_dir = os.path.expanduser(args.cache_dir)
     try:
         os.makedirs(args.cache_dir, exist_ok=True)
@@ -800,7 +735,7 @@ def setup(args):
         note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
-        if int(local_size) > torch.cuda.device_count():
+        if local_size > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
         return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
     if Path("/proc/driver/nvidia/version").exists():
@@ -819,8 +754,9 @@ def connect(device, args):
     deepspeed.init_distributed(backend, verbose=False, timeout=datetime.timedelta(hours=2))
 
 
-def deepspeed_config(args, hidden_size):
-    """ZeRO; gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
+def deepspeed_config(path, args):
+    """Gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
+    hidden_size = transformers.AutoConfig.from_pretrained(path).get_text_config().hidden_size
     zero = {
         "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
         "reduce_bucket_size": 50_000_000,
@@ -849,9 +785,10 @@ def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    options |= {"trust_remote_code": args.trust_remote_code, "output_loading_info": True}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as e:
         die(f"model {path!r}: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
@@ -868,31 +805,32 @@ def load_model(path, args):
 
 
 def add_lora(model, args):
-    """The model with LoRA adapters on all linear layers, which alone are trained."""
+    """Puts LoRA adapters, which alone are trained, into all linear layers; returns peft's wrapper."""
     import peft
 
     options = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    return peft.get_peft_model(
-        model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    )
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(model, config)
 
 
 def start_engine(args, total_steps, wrapper=LogProbs):
     """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
-    config = deepspeed_config(args, model_config(args.pretrain, args).hidden_size)
+    config = deepspeed_config(args.pretrain, args)
     torch.manual_seed(args.seed)
     # While this object lives, a model is loaded in shards, never whole on one rank.
     partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
     model = load_model(args.pretrain, args)
     del partition_at_load
     if args.lora_rank:
-        model = add_lora(model, args)
+        add_lora(model, args)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]  # ds_shape: under ZeRO-3
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    matrices, vectors = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            is_matrix = len(getattr(p, "ds_shape", p.shape)) > 1  # ds_shape: under ZeRO-3
+            (matrices if is_matrix else vectors).append(p)
     groups = [{"params": matrices, "weight_decay": args.l2}]
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
@@ -908,23 +846,20 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 
 @torch.no_grad()
 def check_attention(engine, pack, alone, args):
-    """Stops unless a pack's log-probs are those of the model's own eager attention, one sequence at a time.
-
-    alone: the packs of these sequences, in the order of the pack.
-    """
+    """Stops unless a pack gets the log-probs that eager attention gives its sequences alone (packs, too)."""
     wrapper = getattr(engine, "module", engine)
-    model = wrapper.model.get_base_model() if hasattr(wrapper.model, "peft_config") else wrapper.model
     training = wrapper.training
     engine.eval()
     found = wrapper(pack)
-    model.set_attn_implementation("eager")
+    wrapper.model.set_attn_implementation("eager")
     expected = torch.cat([wrapper(pack) for pack in alone])
-    model.set_attn_implementation("packed")
+    wrapper.model.set_attn_implementation("packed")
     engine.train(training)
     # In bf16 rounding alone makes up to 0.2 in a deep model; a wrong mask makes 0.6 or more.
     worst = (found - expected).abs().mean().item()
     if not worst < (0.3 if args.bf16 else 1e-4):
-        die(f"{type(model).__name__} is not supported: our attention is off by {worst:.2g} nats per token")
+        name = type(wrapper.model).__name__
+        die(f"{name} is not supported: our attention is off by {worst:.2g} nats per token")
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
@@ -936,7 +871,7 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
         engine = wrapper(load_model(path, args)).to(device).eval()
         engine.device = torch.device(device)  # as DeepSpeed's engines have it
         return engine
-    config = deepspeed_config(args, model_config(path, args).hidden_size)
+    config = deepspeed_config(path, args)
     config["zero_optimization"].pop("offload_optimizer", None)
     if offload:
         config["zero_optimization"]["offload_param"] = {"device": "cpu"}
@@ -973,11 +908,11 @@ def cache_file(kind, decides, args):
 
 
 @torch.no_grad()
-def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, args):
+def write_values(file, engine, pack_of, lengths, n_trained, width, args):
     """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
 
-    examples_of(indices) -> examples. Each rank writes the values of its share into one file, which appears
-    by rename: several nodes need a shared disk.
+    pack_of(indices of examples) -> pack. Each rank writes the values of its share into one file, which
+    appears by rename: several nodes need a shared disk.
     """
     partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
     dist.broadcast_object_list(partial)
@@ -989,9 +924,8 @@ def write_values(file, engine, examples_of, lengths, n_trained, width, pack_fn, 
     passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
     quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
     for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
-        members = members if len(members) else [0]  # as every pass is a collective; twice does no harm
-        examples = examples_of(members)
-        values = engine(pack_fn(examples, engine.device)).float().cpu().numpy()
+        members = members if len(members) else np.array([0])  # as every pass is a collective
+        values = engine(pack_of(members)).float().cpu().numpy()
         for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
             output[ends[i] - len(part) : ends[i]] = part
     output.flush()
@@ -1012,8 +946,8 @@ def same_vocabulary(tokenizer, args):
         if ours.get(token) != theirs.get(token):
             ids = f"{token!r} is {ours.get(token)} for the student, {theirs.get(token)} for the teacher"
             die(f"--teacher_model {args.teacher_model}: another tokenizer: {ids}")
-    sizes = [model_config(path, args).vocab_size for path in (args.pretrain, args.teacher_model)]
-    return min(max(ours.values()) + 1, *sizes)
+    configs = map(transformers.AutoConfig.from_pretrained, (args.pretrain, args.teacher_model))
+    return min(max(ours.values()) + 1, *(config.get_text_config().vocab_size for config in configs))
 
 
 def check_rows(engine, args):
@@ -1036,59 +970,44 @@ def teacher_topk(table, vocab_size, args, device):
     path, k = args.teacher_model, min(args.teacher_topk, vocab_size)
     decides = [table._fingerprint, path, stamp(path), args.bf16, k, args.kd_temperature]
     file, found = cache_file("topk", decides, args)
-    lengths, n_trained = column(table, "length"), column(table, "n_trained")
+    columns = table.with_format("numpy")
+    n_trained = columns["n_trained"][:]
     if not found:
         engine = start_teacher(vocab_size, args, device)
 
-        def pack_fn(examples, device):
-            return pack_rows(examples, device) | {"targets": None}
+        def pack_of(indices):
+            return pack_rows(fetch(table, indices), device) | {"targets": None}
 
-        examples_of = functools.partial(fetch, table)
-        write_values(file, engine, examples_of, lengths, n_trained, (2 * k + 1,), pack_fn, args)
+        write_values(file, engine, pack_of, columns["length"][:], n_trained, (2 * k + 1,), args)
     rows = PerToken(file, n_trained)
     rest = np.exp(rows.values[:10_000, k]).mean()
     note(f"top {k}  {file}: all other tokens hold {rest:.2%} of the teacher's probability")
     return rows
 
 
-# --- files. A folder is written beside and renamed; its last file, args.json, says which run made it
+# --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
 
 
 def identify(args, inputs):
     """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
-    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE_FLAGS}
+    identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
     for flag, names in inputs.items():
-        identity[f"files of {flag}"] = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
+        if Path(names).resolve() != Path(args.save_path).resolve():  # else the run itself will change it
+            files = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
+            identity[f"files of {flag}"] = files
     return json.loads(json.dumps(identity))  # as it will be read back
-
-
-def read_record(folder):
-    """What args.json of a complete folder says, else {}."""
-    path = Path(folder, "args.json")
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_record(folder, identity):
-    """args.json: the identity of the run, and the model files beside it."""
-    record = {**identity, "model_files": stamp(folder)}
-    Path(folder, "args.json").write_text(json.dumps(record, indent=1))
 
 
 def difference(folder, identity):
     """In words, what makes this another run than the one that made the folder; "" if nothing does."""
-    record = read_record(folder)
-    made = record.get("model_files", [])
-    changed = []
-    for key, value in identity.items():
-        # A model that was trained in place is an input that this run itself has changed.
-        own_output = key.startswith("files of ") and made and all(file in value[0] for file in made)
-        if record.get(key) != value and not own_output:
-            changed.append(key)
+    path = Path(folder, "args.json")
+    record = json.loads(path.read_text()) if path.exists() else {}
+    changed = [key for key, value in identity.items() if record.get(key) != value]
     if not changed:
         return ""
-    return f"{', '.join(changed)} changed. If that is harmless, edit {folder}/args.json"
+    return f"{', '.join(changed)} changed. If that is harmless, edit {path}"
 
 
 def checkpoints(args):
@@ -1098,53 +1017,45 @@ def checkpoints(args):
 
 
 def publish(args):
-    """Moves a finished model from <save_path>.partial into place; after a kill it goes on where it was.
+    """Puts a finished model, <save_path>.partial, into place; after a kill it goes on where it was.
 
-    In a folder that is there already only the model is replaced, and args.json comes last.
+    Of a model that was there before, what is no model file (rows, a log) survives.
     """
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
-    record = read_record(partial)
-    if not record:
+    if not (partial / "args.json").exists():
         return
-    if not target.exists():
-        os.rename(partial, target)
-        return
-    (target / "args.json").unlink(missing_ok=True)
-    new = [name for name, *_ in record["model_files"]]
-    for path in [*target.glob("*.safetensors*"), *target.glob("pytorch_model*")]:
-        if path.name not in new:
-            path.unlink()
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "args.json"):
-        if path.is_dir():
-            shutil.rmtree(target / path.name, ignore_errors=True)
-        os.replace(path, target / path.name)
-    partial.rmdir()
+    if target.exists():
+        old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
+        for path in target.iterdir():
+            if path not in old and not (partial / path.name).exists():
+                os.rename(path, partial / path.name)
+        shutil.rmtree(target)
+    os.rename(partial, target)
 
 
 def open_run(args, identity):
     """The step to resume from, 0 for none, or None where the model is complete. For rank 0 alone."""
     target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
-    if (target / "config.json").exists():
-        changed = difference(target, identity)
-        if not changed:
-            shutil.rmtree(args.ckpt_path, ignore_errors=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            note(f"done   {target} is complete and made by this command: nothing to do")
-            return None
-        if target.resolve() != Path(args.pretrain).resolve():
-            die(f"--save_path {target} holds another model, choose another folder: {changed}")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        die(f"--save_path {target} cannot be written: {e.strerror}")
+    changed = difference(target, identity)
+    if not changed:
+        shutil.rmtree(args.ckpt_path, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        note(f"done   {target} is complete and made by this command: nothing to do")
+        return None
+    in_place = target.resolve() == Path(args.pretrain).resolve()
+    if (target / "config.json").exists() and not in_place:
+        die(f"--save_path {target} holds another model, choose another folder: {changed}")
     for folder in checkpoints(args)[:1]:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run, remove it: {changed}")
         note(f"resume {folder}")
         return int(folder.name[5:])
-    shutil.rmtree(partial)  # of a run that was killed before its first checkpoint
-    partial.mkdir()
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    try:
+        partial.mkdir(parents=True)
+    except OSError as e:
+        die(f"--save_path {target} cannot be written: {e.strerror}")
     return 0
 
 
@@ -1153,7 +1064,7 @@ def save_checkpoint(engine, args, step, identity):
     partial = Path(args.ckpt_path, f"step_{step}.partial")
     engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
     if dist.get_rank() == 0:
-        write_record(partial, identity)
+        (partial / "args.json").write_text(json.dumps(identity, indent=1))
         os.rename(partial, partial.with_suffix(""))
         for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
@@ -1169,13 +1080,14 @@ def save_model(engine, tokenizer, args, identity):
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
         model = engine.module.model
         if args.lora_rank:
-            model = add_lora(load_model(args.pretrain, args), args)
+            model = load_model(args.pretrain, args)
+            adapted = add_lora(model, args)
             model.load_state_dict(weights)
-            model = model.merge_and_unload()
+            model = adapted.merge_and_unload()
             weights = model.state_dict()
         model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
         tokenizer.save_pretrained(partial)
-        write_record(partial, identity)
+        (partial / "args.json").write_text(json.dumps(identity, indent=1))  # last: now it is complete
         publish(args)
         shutil.rmtree(args.ckpt_path, ignore_errors=True)
     dist.barrier()
@@ -1186,18 +1098,16 @@ def open_log(args, start_step):
     path = Path(f"{args.save_path}.partial/metrics.jsonl")
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
-    wandb = None
-    if args.use_wandb and importlib.util.find_spec("wandb"):
+    if args.use_wandb:
+        import wandb
+
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        wandb = importlib.import_module("wandb")
         wandb.init()
-    elif args.use_wandb:
-        note("notice wandb is not installed: metrics are in metrics.jsonl only")
 
     def log(step, metrics):
         with open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if wandb:
+        if args.use_wandb:
             wandb.log(metrics, step=step)
 
     return log
@@ -1249,7 +1159,8 @@ def main(args):
     held_out = []
     if args.eval_dataset:
         held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
-    lengths, n_trained = column(examples, "length"), column(examples, "n_trained")
+    columns = examples.with_format("numpy")
+    lengths, n_trained = columns["length"][:], columns["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps or sys.maxsize)
     if len(examples) < args.train_batch_size:
@@ -1325,11 +1236,12 @@ def main(args):
             die(f"step {step} is not finite: {metrics}; its first row is {examples[batch[0]]['where']}")
         took = time.time() - began
         seconds += took
-        metrics["epoch"] = step / steps_per_epoch
         metrics["tokens_per_sec"] = lengths[batch].sum().item() / took
         metrics["samples_per_sec"] = len(batch) / took
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics["peak_mem_gib"] = (peak if device == "cpu" else torch.cuda.max_memory_allocated()) / 2**30
+        if device != "cpu":
+            peak = torch.cuda.max_memory_allocated()
+        metrics["peak_mem_gib"] = peak / 2**30
         ends = step == total_steps
         evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
         if evaluates:
