@@ -357,18 +357,9 @@ def stamp(path):
     path = Path(path)
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
-        kinds = (
-            "*.safetensors",
-            "*.bin",
-            "config.json",
-            "token*",
-            "vocab*",
-            "merges.txt",
-            "*.jinja",
-            "*.model",
-        )
-        files = [file for kind in kinds for file in path.glob(kind)]
-    stats = [(file, file.stat()) for file in sorted(set(files)) if file.is_file()]
+        kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
+        files = [file for file in path.iterdir() if file.name.endswith(kinds)]
+    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
     return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
@@ -872,13 +863,10 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
         engine.device = torch.device(device)  # as DeepSpeed's engines have it
         return engine
     config = deepspeed_config(path, args)
-    config["zero_optimization"].pop("offload_optimizer", None)
-    if offload:
-        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    config["zero_optimization"]["offload_param"] = {"device": "cpu" if offload else "none"}
     partition_at_load = transformers.integrations.HfDeepSpeedConfig(config)
-    model = load_model(path, args)
+    engine = deepspeed.initialize(model=wrapper(load_model(path, args)), config=config)[0]
     del partition_at_load
-    engine = deepspeed.initialize(model=wrapper(model), config=config)[0]
     engine.eval()
     return engine
 

@@ -388,18 +388,9 @@ def stamp(path):
     path = Path(path)
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
-        kinds = (
-            "*.safetensors",
-            "*.bin",
-            "config.json",
-            "token*",
-            "vocab*",
-            "merges.txt",
-            "*.jinja",
-            "*.model",
-        )
-        files = [file for kind in kinds for file in path.glob(kind)]
-    stats = [(file, file.stat()) for file in sorted(set(files)) if file.is_file()]
+        kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
+        files = [file for file in path.iterdir() if file.name.endswith(kinds)]
+    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
     return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
@@ -844,13 +835,10 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
         engine.device = torch.device(device)  # as DeepSpeed's engines have it
         return engine
     config = deepspeed_config(path, args)
-    config["zero_optimization"].pop("offload_optimizer", None)
-    if offload:
-        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    config["zero_optimization"]["offload_param"] = {"device": "cpu" if offload else "none"}
     partition_at_load = transformers.integrations.HfDeepSpeedConfig(config)
-    model = load_model(path, args)
+    engine = deepspeed.initialize(model=wrapper(load_model(path, args)), config=config)[0]
     del partition_at_load
-    engine = deepspeed.initialize(model=wrapper(model), config=config)[0]
     engine.eval()
     return engine
 
@@ -920,16 +908,16 @@ def check_rows(engine, args):
 def choose_partners(prompts, seed):
     """[N], for each row the next one with another prompt, in a random order that the seed fixes.
 
-    prompts [N]: a number for each row's prompt. Where all have the same, it is just the next row.
+    prompts [N]: a number for each row's prompt. Where all have the same, the last row serves all.
     """
     order = np.random.default_rng(seed).permutation(len(prompts))
-    shuffled = prompts[order]
-    ends = np.flatnonzero(shuffled != np.roll(shuffled, -1))  # behind these another prompt begins
-    if not len(ends):
-        ends = np.arange(len(prompts))
-    end = ends[np.searchsorted(ends, np.arange(len(prompts))) % len(ends)]
     partners = np.empty_like(order)
-    partners[order] = order[(end + 1) % len(prompts)]
+    partner = order[-1]
+    for place in reversed(range(2 * len(order))):  # twice around, as the last ones' partners come first
+        row, following = order[place % len(order)], order[(place + 1) % len(order)]
+        if prompts[row] != prompts[following]:
+            partner = following  # else the partner of the following row is this row's, too
+        partners[row] = partner
     return partners
 
 

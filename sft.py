@@ -338,18 +338,9 @@ def stamp(path):
     path = Path(path)
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
-        kinds = (
-            "*.safetensors",
-            "*.bin",
-            "config.json",
-            "token*",
-            "vocab*",
-            "merges.txt",
-            "*.jinja",
-            "*.model",
-        )
-        files = [file for kind in kinds for file in path.glob(kind)]
-    stats = [(file, file.stat()) for file in sorted(set(files)) if file.is_file()]
+        kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
+        files = [file for file in path.iterdir() if file.name.endswith(kinds)]
+    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
     return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 

@@ -149,9 +149,9 @@ def run_frozen(script, name, args, table):
         if name == "kd":
             script.teacher_topk(table, 90, args, GPU)
         elif name == "kto":
-            script.reference_rows([table], args, GPU)
+            script.reference_rows(table, args, GPU)
         else:
-            script.reference_logps([table], args, GPU)
+            script.reference_logps(table, args, GPU)
     lines = {line for line in watch.lines if line.startswith(name)}
     assert len(lines) == 3, f"the pass waits for the GPU, or mixes devices: {lines}"
 

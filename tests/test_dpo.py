@@ -108,7 +108,7 @@ def test_optimum(name):
     for _ in range(1500):
         optimizer.zero_grad()
         ratios = theta.log_softmax(0) - ref
-        (weights * dpo.LOSSES[args.loss_type].function(ratios[A], ratios[B], args)).sum().backward()
+        (weights * dpo.pair_loss(ratios[A], ratios[B], args)).sum().backward()
         optimizer.step()
         schedule.step()
     assert ((ratios[A] - ratios[B] - expected)[weights > 0]).abs().max() <= 1e-4
@@ -451,7 +451,7 @@ def test_layouts(name, pairs_of):
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 BAD_INPUT = [  # rows, flags, what the error says
-    ([{"text": "a"}], {}, "has the columns text: choose with --prompt_key"),
+    ([{"text": "a"}], {}, "no column chosen or rejected (--prompt_key, --chosen_key, --rejected_key) but text"),
     ([{"chosen": "b", "rejected": "c"}], {}, "no prompt column, and no"),
     ([{**GOOD, "rejected": "b"}] * 2, {}, "chosen == rejected"),
     ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: empty response"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ def run(**flags):
 def test_loss_of_six_rows_by_hand():
     r, good = [0.5, -1.0, 2.0, 0.3, -0.7, 0.0], [True, True, True, False, False, False]
     expected = [0.740625, 0.796814, 0.684542, 0.250625, 0.238134, 0.246875]
-    found = kto.kto_loss(torch.tensor(r), torch.tensor(good), torch.tensor(0.25), 0.1, 1.5, 0.5)
+    args = SimpleNamespace(beta=0.1, desirable_loss_weight=1.5, undesirable_loss_weight=0.5)
+    found = kto.kto_loss(torch.tensor(r), torch.tensor(good), torch.tensor(0.25), args)
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
 
 
