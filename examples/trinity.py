@@ -40,9 +40,7 @@ MICRO = f"{VERL}.actor.ppo_micro_batch_size_per_gpu"
 
 FLAGS = {  # key: flag, Trinity's default where it is not the script's
     "model.model_path": ("pretrain", None),
-    "model.trust_remote_code": ("trust_remote_code", None),
     "model.custom_chat_template": ("tokenizer_chat_template", None),
-    "model.chat_template_path": ("tokenizer_chat_template", None),
     f"{DATA}.split": ("dataset_split", None),
     f"{DATA}.data_selector.seed": ("seed", None),
     f"{FORMAT}.enable_concatenated_multi_turn": ("multiturn", None),
@@ -75,6 +73,8 @@ STOP = {  # key: the values that may be there, what to do about others
     f"{VERL}.actor.optim.*": ([], "write it into algorithm.optimizer"),
     "algorithm.loss_agg_mode": (["token-mean"], "write token-mean, over the tokens of a step"),
     "algorithm.entropy_loss_fn_args.entropy_coef": ([0], "write 0: there is no entropy term"),
+    "model.trust_remote_code": ([False], "write false: code that comes with a model is not run"),
+    "model.chat_template_path": ([], "write its text into custom_chat_template"),
     "model.temperature": ([1], "write 1: log-probs are not scaled"),
     "model.lora_configs": ([], "leave it out, and add --lora_rank and --lora_alpha to the command"),
     "buffer.total_steps": ([], "write trainer.total_steps, and as many buffer.total_epochs as it takes"),
