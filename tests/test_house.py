@@ -1,7 +1,6 @@
 """The house rules as tests: the scripts share code by copying it, and this file keeps the copies equal.
 
-Every check is a function of {script name: source} that returns what is wrong; test_checks_find_violations
-breaks each rule in made-up scripts.
+Every check is a function of {script name: source} that returns what is wrong.
 """
 
 import ast
@@ -19,10 +18,8 @@ REPO = Path(__file__).resolve().parents[1]
 MAX_LINES = {"sft.py": 1100, "kd.py": 1360, "dpo.py": 1400, "kto.py": 1385, "batch_infer.py": 1260}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
-MAX_TEST_LINES, MAX_NODES = (
-    4030,
-    13,
-)  # of tests/*.py together; syntax nodes per line of code: less, not denser
+MAX_TEST_LINES = 4030  # of tests/*.py together
+MAX_NODES = 13  # per line of code: less, not denser
 OWN = ("Args", "main", "encode_row", "choose_keys")  # each script has its own of these
 SCRIPTS = {name: (REPO / name).read_text() for name in MAX_LINES}
 
@@ -108,9 +105,8 @@ def flag_rules(scripts):
         for flag, (kind, words) in flags(text).items():
             if not words:
                 bad.append(f"{name}: no help for {flag}")
-            if not re.search(rf"\b(args|self)\.{flag}\b", text) and "accepted for old commands" not in str(
-                words
-            ):
+            read = re.search(rf"\b(args|self)\.{flag}\b", text)
+            if not read and "accepted for old commands" not in str(words):
                 bad.append(f"{name}: args.{flag} is never read")
             first, said = seen.setdefault(flag, (name, (kind, words)))
             if name == "batch_infer.py":  # another kind of script, in which other help is true
@@ -177,50 +173,6 @@ def test_examples_documents_and_tests_are_short():
     lines = {name: len((REPO / name).read_text().splitlines()) for name in OTHER_LINES}
     assert {name: n for name, n in lines.items() if n > OTHER_LINES[name]} == {}
     assert sum(len(path.read_text().splitlines()) for path in REPO.glob("tests/*.py")) <= MAX_TEST_LINES
-
-
-READ, PACK = "def read():\n    return 1\n", "def pack():\n    return 2\n"
-MODEL_SCRIPT = f'''"""Doc."""
-import os
-LIMIT = 3
-class Args:
-    beta: float = 0.1  # beta
-    # seed
-    seed: int = 1
-{READ}{PACK}def main(args):
-    use(args.beta, args.seed)
-    # --- algorithm: dpo
-    loss = 1
-    # --- end algorithm
-    step()
-if __name__ == "__main__":
-    main(1)
-'''
-
-
-@pytest.mark.parametrize(
-    "check, old, new",
-    [
-        (drift, "return 2", "return 3"),
-        (module_level, "LIMIT = 3", "print(3)"),
-        (order, READ + PACK, PACK + READ),
-        (mains, "    step()", "    step(2)"),
-        (mains, "    # --- end algorithm\n", ""),
-        (flag_rules, "    # seed\n", ""),
-        (flag_rules, "# seed", "# other words"),
-        (flag_rules, "seed: int", "seed: float"),
-        (flag_rules, ", args.seed", ""),
-        (module_level, "LIMIT = 3", "import sft"),
-        (sizes, "LIMIT = 3", "LIMIT = 3  #" + " " * 100),
-        (sizes, "LIMIT = 3", "LIMIT = " + "+ 3" * 99),
-        (sizes, "    return 1\n", "    return 1\n" * 46),
-        (sizes, "LIMIT = 3\n", "LIMIT = 3\n" * 1500),
-    ],
-)
-def test_checks_find_violations(check, old, new):
-    fenced = MODEL_SCRIPT.replace("dpo", "kto").replace("loss = 1", "loss = 2")
-    assert old in MODEL_SCRIPT and check({"dpo.py": MODEL_SCRIPT, "kto.py": fenced}) == []
-    assert check({"dpo.py": MODEL_SCRIPT, "kto.py": fenced.replace(old, new)}) != []
 
 
 def test_what_may_change_when_a_run_is_resumed():

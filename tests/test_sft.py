@@ -540,14 +540,8 @@ def test_saved_model_is_the_trained_one(kind, zero_stage, lora_rank, tokenizer, 
 
 def test_no_dropout_is_left(tmp_path):
     """OPT and others call F.dropout with a number of their own."""
-    sizes = {
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "vocab_size": 90,
-    }
-    config = transformers.OPTConfig(**sizes, num_attention_heads=2, dropout=0.5, layerdrop=0.5)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    config = transformers.OPTConfig(**sizes, vocab_size=90, num_attention_heads=2, dropout=0.5, layerdrop=0.5)
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
     model = sft.LogProbs(sft.load_model(str(tmp_path / "opt"), make_args())).train()
     assert len({model(sft.pack_rows([example_of([5, 6, 7])], "cpu")).sum().item() for _ in range(5)}) == 1
@@ -654,25 +648,16 @@ def test_in_place(in_place, run, tmp_path, capsys):
 ZERO3 = {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True}
 LORA = {"lora_rank": 4, "lora_dropout": 0.2, "lr_scheduler": "linear"}
 RESUMED = [(True, LORA, 3), (False, {"zero_stage": 0}, 4)]  # (in place?, flags, every how many moves)
-SLOW = [
-    pytest.param(place, flags, 1, marks=pytest.mark.slow)
-    for place in (True, False)
-    for flags in (LORA, ZERO3)
-]
+KILLS = [(place, flags, 1) for place in (True, False) for flags in (LORA, ZERO3)]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in KILLS]
 
 
 @pytest.mark.parametrize("place, flags, stride", [*RESUMED, *SLOW])
 def test_killed_at_every_move(place, flags, stride, in_place, run, tmp_path, monkeypatch, capsys):
     """Whichever rename or removal was the last one, the same command resumes and ends with the same bytes."""
     rows, whole = write_rows(tmp_path / "rows.jsonl", make_rows(5)), tmp_path / "whole"
-    flags = {
-        "dataset": rows,
-        "train_batch_size": 2,
-        "max_epochs": 2,
-        "max_steps": 4,
-        "max_ckpt_num": 1,
-        **flags,
-    }
+    flags = {"train_batch_size": 2, "max_epochs": 2, "max_steps": 4, "max_ckpt_num": 1, **flags}
+    flags["dataset"] = rows
     flags["pretrain"] = str(shutil.copytree(in_place["pretrain"], tmp_path / "start"))
     assert run(**flags, save_path=str(whole)) == 0
     for n in itertools.count(1, stride):
