@@ -7,7 +7,6 @@ import ast
 import difflib
 import io
 import re
-import subprocess
 import tokenize
 from itertools import combinations
 from pathlib import Path
@@ -182,17 +181,3 @@ def test_what_may_change_when_a_run_is_resumed():
     for name in ("sft.py", "dpo.py", "kto.py", "kd.py"):
         words = re.search(r'FREE_FLAGS = """(.*?)"""', SCRIPTS[name], re.S)[1]
         assert words.split() == free.split(), name
-
-
-def test_shell_scripts_parse():
-    for path in (REPO / "iterate.sh", REPO / ".ci/run"):
-        subprocess.run(["bash", "-n", path], check=True)
-        assert "set -euo pipefail" in path.read_text()
-
-
-def test_no_emoji():
-    emoji = re.compile("[\u2600-\u27bf\u2b50\ufe0f\U0001f000-\U0001faff]")
-    command = ["git", "ls-files", "-co", "--exclude-standard"]
-    for name in subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout.splitlines():
-        if name.endswith((".py", ".sh", ".md", ".txt", ".toml", ".yaml", ".rst")) and (REPO / name).exists():
-            assert not emoji.search((REPO / name).read_text()), name

@@ -13,9 +13,7 @@ import pytest
 from conftest import make_model, make_tokenizer, write_rows
 
 REPO = Path(__file__).resolve().parents[1]
-HF = {
-    "GENERATE_FLAGS": "--eval_task generate"
-}  # starts faster than vLLM, which the first loop uses where it is
+HF = {"GENERATE_FLAGS": "--eval_task generate"}  # starts faster than vLLM, which the first loop uses
 
 
 def run(command, **settings):
@@ -63,9 +61,7 @@ def test_raft_raises_reward_and_truth(raft):
 @pytest.mark.loop
 def test_a_random_reward_leaves_the_truth_alone(raft, tmp_path):
     """The control: trained on the best samples of a reward that knows nothing, the true score hardly moves."""
-    reward = (
-        "import random\ndef f(prompt, response, row):\n    return random.Random(response).gauss(0, 0.5)\n"
-    )
+    reward = "import random\ndef f(prompt, response, row): return random.Random(response).gauss(0, 0.5)\n"
     (tmp_path / "random_reward.py").write_text(reward)
     out = on_the_same_toy(raft, tmp_path / "run")
     flags = f"--reward_fn {tmp_path}/random_reward.py:f,model=0"
@@ -85,9 +81,8 @@ def test_iterative_dpo_raises_the_reward(raft, tmp_path):
 def test_distillation_lowers_the_divergence_from_the_teacher(raft, tmp_path):
     out = on_the_same_toy(raft, tmp_path / "run")
     report, verdict = iterate(out, METHOD="distill", **HF)
-    assert (
-        verdict.startswith("kl_teacher fell: ") and report[-1]["kl_teacher"] < 0.3 * report[0]["kl_teacher"]
-    )
+    assert verdict.startswith("kl_teacher fell: "), verdict
+    assert report[-1]["kl_teacher"] < 0.3 * report[0]["kl_teacher"]
     assert report[-1]["true_score"] > report[0]["true_score"] + 0.5  # the teacher knows, the student did not
 
 
