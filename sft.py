@@ -685,14 +685,11 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    matrices, vectors = [], []
-    for p in model.parameters():
-        if p.requires_grad:
-            is_matrix = len(getattr(p, "ds_shape", p.shape)) > 1  # ds_shape: under ZeRO-3
-            (matrices if is_matrix else vectors).append(p)
-    groups = [{"params": matrices, "weight_decay": args.l2}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]  # ds_shape: under ZeRO-3
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]  # none with LoRA
+    groups = [{"params": matrices, "weight_decay": args.l2}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
     min_lr = {"min_lr_rate": args.min_lr_ratio} if args.lr_scheduler == "cosine_with_min_lr" else None
     warmup = math.ceil(args.lr_warmup_ratio * total_steps)
