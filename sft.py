@@ -683,7 +683,6 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     if args.lora_rank:
         add_lora(model, args)
     if args.gradient_checkpointing:
-        model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]  # ds_shape: under ZeRO-3
