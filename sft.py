@@ -976,10 +976,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
-    except torch.OutOfMemoryError as e:
-        die(f"out of GPU memory: lower --micro_train_batch_size, add --gradient_checkpointing. {e}")
+    main(tyro.cli(Args, description=__doc__, use_underscores=True))
     sys.stdout.flush()
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
