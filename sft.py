@@ -980,6 +980,5 @@ if __name__ == "__main__":
     sys.stdout.flush()
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     os._exit(0)  # skips exit handlers: in some finished DeepSpeed runs they abort
