@@ -621,7 +621,6 @@ def deepspeed_config(path, args):
         "reduce_bucket_size": 50_000_000,
         "overlap_comm": torch.cuda.is_available(),
         "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
-        "stage3_prefetch_bucket_size": 50_000_000,
         "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
     }
     if args.adam_offload:
@@ -636,7 +635,6 @@ def deepspeed_config(path, args):
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
     }
 
 
