@@ -622,9 +622,8 @@ def deepspeed_config(path, args):
         "overlap_comm": torch.cuda.is_available(),
         "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
         "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
+        "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
     }
-    if args.adam_offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the step says which backward pass is its last
