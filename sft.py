@@ -609,8 +609,7 @@ def connect(device, args):
         if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
-    backend = "gloo" if device == "cpu" else "nccl"
-    deepspeed.init_distributed(backend, verbose=False, timeout=datetime.timedelta(hours=2))
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
 
 
 def deepspeed_config(path, args):
