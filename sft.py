@@ -955,9 +955,7 @@ def main(args):
         seconds += took
         metrics["tokens_per_sec"] = lengths[batch].sum().item() / took
         metrics["samples_per_sec"] = len(batch) / took
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if device != "cpu":
-            peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["peak_mem_gib"] = peak / 2**30
         ends = step == total_steps
         evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
