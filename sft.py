@@ -937,7 +937,6 @@ def main(args):
     if held_out and start_step == 0:
         report(0, evaluate())
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
-    seconds = 0.0
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
         if place == 0 or step == start_step + 1:
@@ -952,7 +951,6 @@ def main(args):
         if not all(map(math.isfinite, metrics.values())):
             die(f"step {step} is not finite: {metrics}; its first row is {examples[batch[0]]['where']}")
         took = time.time() - began
-        seconds += took
         metrics["tokens_per_sec"] = lengths[batch].sum().item() / took
         metrics["samples_per_sec"] = len(batch) / took
         peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -962,7 +960,7 @@ def main(args):
         if evaluates:
             metrics |= evaluate()
         if evaluates or ends or step % args.logging_steps == 0:
-            report(step, metrics, seconds / (step - start_step) * (total_steps - step))
+            report(step, metrics, took * (total_steps - step))
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)
