@@ -819,8 +819,10 @@ def save_model(engine, tokenizer, args, identity):
     dist.barrier()
 
 
-def open_log(args, start_step):
-    """A function (step, metrics) that appends to metrics.jsonl, once lines after start_step are dropped."""
+def open_log(args, start_step, total_steps):
+    """A function (step, metrics, seconds_left) that logs, on rank 0; lines after start_step are dropped."""
+    if dist.get_rank() > 0:
+        return lambda *numbers: None
     path = Path(f"{args.save_path}.partial/metrics.jsonl")
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
@@ -830,13 +832,14 @@ def open_log(args, start_step):
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
         wandb.init()
 
-    def log(step, metrics):
+    def report(step, metrics, seconds_left=0):
         with open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if args.use_wandb:
             wandb.log(metrics, step=step)
+        note(console_line(step, total_steps, metrics, seconds_left))
 
-    return log
+    return report
 
 
 # --- console and main
@@ -921,12 +924,7 @@ def main(args):
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
-    log = open_log(args, start_step) if rank == 0 else None
-
-    def report(step, metrics, seconds_left=0):
-        if rank == 0:
-            log(step, metrics)
-            note(console_line(step, total_steps, metrics, seconds_left))
+    report = open_log(args, start_step, total_steps)
 
     def evaluate():
         engine.eval()
