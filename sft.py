@@ -731,14 +731,12 @@ def difference(folder, identity):
     path = Path(folder, "args.json")
     record = json.loads(path.read_text()) if path.exists() else {}
     changed = [key for key, value in identity.items() if record.get(key) != value]
-    if not changed:
-        return ""
-    return f"{', '.join(changed)} changed. If that is harmless, edit {path}"
+    return f"{', '.join(changed)} changed. If that is harmless, edit {path}" if changed else ""
 
 
 def checkpoints(args):
     """Folders of all complete checkpoints, newest first."""
-    folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
+    folders = Path(args.ckpt_path).glob("step_*[0-9]")  # no step_N.partial
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
