@@ -763,7 +763,6 @@ def open_run(args, identity):
     changed = difference(target, identity)
     if not changed:
         shutil.rmtree(args.ckpt_path, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
     in_place = target.resolve() == Path(args.pretrain).resolve()
