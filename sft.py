@@ -413,13 +413,11 @@ def split_step(lengths, max_examples, max_tokens=None):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
     order = np.argsort(-lengths, kind="stable")
-    n = world_size
-    while True:
+    for n in itertools.count(world_size, world_size):  # passes, over all ranks
         fullest = order[::n]  # the longest of each round
         fits = len(fullest) <= max_examples if max_tokens is None else lengths[fullest].sum() <= max_tokens
         if fits or len(fullest) == 1:
             return [order[i::n] for i in range(rank, n, world_size)]
-        n += world_size
 
 
 def to_device(array, device):
