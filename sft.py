@@ -47,7 +47,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
@@ -493,7 +492,7 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
     return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
 
 
-class LogProbs(nn.Module):
+class LogProbs(torch.nn.Module):
     """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
 
     Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
