@@ -318,8 +318,6 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
             continue
         try:
             row = json.loads(row) if isinstance(row, str) else row
-            if not isinstance(row, dict):
-                raise ValueError("a row must be an object")
             examples = encode_row(row, tokenizer, args)
             if max(max(example["input_ids"]) for example in examples) >= vocab_size:
                 raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")

@@ -730,7 +730,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "missing eval file": ({"eval_dataset": "none.jsonl"}, GOOD, ["none.jsonl"]),
     "empty file": ({}, "", ["rows.jsonl", "at least one example"]),
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
-    "row is a list": ({}, GOOD + "[1, 2]\n", [r"rows\.jsonl:2", "must be an object"]),
+    "row is a list": ({}, GOOD + "[1, 2]\n", [r"rows\.jsonl:2"]),
     "not UTF-8": ({}, GOOD + '{"input": "caf\xe9"}\n', [r"rows\.jsonl", "utf-8"]),
     # --- columns and values
     "missing column": ({"input_key": "prompt"}, GOOD, ["no column prompt", "--input_key.* input, output"]),
