@@ -284,8 +284,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
 def choose_keys(row, args):
     """(prompt column, response column or None) of a row."""
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
-    layouts += [("question", "answer"), ("question", "response"), ("text", None)]
+    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
     if "finish_reason" in row:  # a row of batch_infer.py, which may hold messages too
         layouts = [("input", "output")]
     if args.input_key:
