@@ -634,12 +634,7 @@ def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as e:
-        die(f"model {path!r}: {str(e).splitlines()[0]}")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
