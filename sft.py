@@ -191,8 +191,6 @@ def load_tokenizer(path, args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
