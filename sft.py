@@ -585,13 +585,11 @@ def setup(args):
     except OSError as e:
         note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
-    if torch.cuda.is_available():
-        if local_size > torch.cuda.device_count():
-            die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
-        return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
-    if Path("/proc/driver/nvidia/version").exists():
-        die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
-    return rank, world_size, "cpu"
+    if not torch.cuda.is_available():
+        return rank, world_size, "cpu"
+    if local_size > torch.cuda.device_count():
+        die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
+    return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def connect(device, args):
