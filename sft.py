@@ -281,10 +281,9 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 def choose_keys(row, args):
     """(prompt column, response column or None) of a row."""
-    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
+    # The first that fits. Rows of batch_infer.py, input and output, may hold messages as well.
+    layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
-    if "finish_reason" in row:  # a row of batch_infer.py, which may hold messages too
-        layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
     for keys in layouts:
