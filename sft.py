@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from torch.nn.attention import varlen  # FlashAttention
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
@@ -475,12 +476,10 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
         key, value = key.index_select(2, segments["keys"]), value.index_select(2, segments["keys"])
     n_q, n_k, size = segments["n_q"], segments["n_k"], query.shape[3]
     if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
-        from torch.nn.attention.varlen import varlen_attn  # FlashAttention, in one call
-
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
         options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}
-        out = varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
+        out = varlen.varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
         return out[None, :, :, : value.shape[3]], None
     parts = zip(query.split(n_q, 2), key.split(n_k, 2), value.split(n_k, 2))
     return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
