@@ -947,7 +947,6 @@ def main(args):
 
 if __name__ == "__main__":
     main(tyro.cli(Args, description=__doc__, use_underscores=True))
-    sys.stdout.flush()
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     dist.destroy_process_group()
