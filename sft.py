@@ -22,7 +22,6 @@ Commands:
 import collections
 import datetime
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -122,7 +121,7 @@ class Args:
         if self.input_template and "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
-        if self.use_wandb and not importlib.util.find_spec("wandb"):
+        if self.use_wandb and not transformers.integrations.is_wandb_available():
             note("notice wandb is not installed: metrics are in metrics.jsonl only")
             self.use_wandb = None
 
