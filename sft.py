@@ -142,8 +142,6 @@ FEATURES = Features(  # the columns of an encoded row
     reason=Value("string"),  # why it cannot be used
 )
 HARMLESS = ()  # reasons that --max_drop_ratio does not count
-# These cost a row, not the run.
-ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError)
 
 
 # --- rows and tokens
@@ -317,7 +315,7 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
             examples = encode_row(row, tokenizer, args)
             if max(max(example["input_ids"]) for example in examples) >= vocab_size:
                 raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
-        except ROW_ERRORS as e:  # leaving the generator it would arrive as no more than a traceback
+        except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as e:
             reason = str(e).partition("\n")[0][:200] or type(e).__name__
             examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
         for example in examples:
