@@ -617,7 +617,6 @@ def deepspeed_config(path, args):
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
-        "zero_allow_untested_optimizer": True,
     }
 
 
