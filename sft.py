@@ -609,8 +609,7 @@ def deepspeed_config(path, args):
         "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
     }
     return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # the step says which backward pass is its last
+        "train_micro_batch_size_per_gpu": 1,  # in name: the step says which backward pass is its last
         "gradient_clipping": args.max_norm,
         "bf16": {"enabled": args.bf16},
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
