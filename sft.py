@@ -313,14 +313,14 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
         try:
             row = json.loads(row) if isinstance(row, str) else row
             examples = encode_row(row, tokenizer, args)
-            if max(max(example["input_ids"]) for example in examples) >= vocab_size:
+            if max(example["input_ids"].max() for example in examples) >= vocab_size:
                 raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
         except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as e:
             reason = str(e).partition("\n")[0][:200] or type(e).__name__
             examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
         for example in examples:
             example |= {"where": f"{name}:{i + 1}", "reason": reason}
-            example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
+            example |= {"length": len(example["input_ids"]), "n_trained": int(np.sum(example["trained"]))}
             yield example
 
 
