@@ -324,9 +324,9 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
             yield example
 
 
-def stamp(path):
-    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them."""
-    path = Path(path)
+def stamp(name):
+    """[file, size, mtime] of all files of a local model or dataset: tells it apart without reading it."""
+    path = Path(name.partition("@")[0])
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
@@ -341,7 +341,7 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     n = min(len(rows), args.max_samples)
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
-    source = [name, split, stamp(name.partition("@")[0]), getattr(rows, "_fingerprint", None)]
+    source = [name, split, stamp(name), getattr(rows, "_fingerprint", None)]
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
@@ -699,8 +699,7 @@ def identify(args, inputs):
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
     for flag, names in inputs.items():
         if Path(names).resolve() != Path(args.save_path).resolve():  # else the run itself will change it
-            files = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
-            identity[f"files of {flag}"] = files
+            identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
