@@ -362,7 +362,7 @@ def encode_table(name, split, tokenizer, vocab_size, args):
         note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
     n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
     if n_faulty > args.max_drop_ratio * n or not usable.any():
-        cause = [*dropped["where"], name][0] + ": " + [*dropped["reason"], "no rows"][0]
+        cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
         die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
     return table.select(np.flatnonzero(usable))
 
