@@ -339,6 +339,8 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
+    if n == 0:
+        die(f"dataset {name!r} has no rows")
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     source = [name, split, stamp(name), getattr(rows, "_fingerprint", None)]
@@ -566,7 +568,7 @@ def setup(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if rank != 0 or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
@@ -580,11 +582,13 @@ def setup(args):
     except OSError as e:
         note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
         args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
-    if not torch.cuda.is_available():
-        return rank, world_size, "cpu"
-    if local_size > torch.cuda.device_count():
-        die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
-    return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
+    if torch.cuda.is_available():
+        if local_size > torch.cuda.device_count():
+            die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
+        return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
+    if Path("/proc/driver/nvidia/version").exists():
+        die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
+    return rank, world_size, "cpu"
 
 
 def connect(device, args):
@@ -684,9 +688,8 @@ def check_attention(engine, pack, alone, args):
     # In bf16 rounding alone makes up to 0.2 in a deep model; a wrong mask makes 0.6 or more.
     worst = (found - expected).abs().mean().item()
     if not worst < (0.3 if args.bf16 else 1e-4):
-        die(
-            f"{type(wrapper.model).__name__} is not supported: attention is off by {worst:.2g} nats per token"
-        )
+        name = type(wrapper.model).__name__
+        die(f"{name} is not supported: our attention is off by {worst:.2g} nats per token")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -940,7 +943,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"out of GPU memory: lower --micro_train_batch_size, add --gradient_checkpointing. {e}")
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     dist.destroy_process_group()
