@@ -326,38 +326,30 @@ def read_label(value):
 
 
 def choose_keys(row, args):
-    """(prompt column or None, response column, label column) of a row; a pair: (.., "chosen", "rejected")."""
-    prompts = ["prompt", "input", "instruction", "question"]
-    layouts = [(prompt, "chosen", "rejected") for prompt in [*prompts, None]]
-    for response in ("completion", "output", "response"):
-        layouts += [(prompt, response, args.label_key) for prompt in prompts]
-    layouts += [(None, "messages", args.label_key), (None, "conversations", args.label_key)]
-    if args.input_key and args.output_key:
-        layouts = [(args.input_key, args.output_key, args.label_key)]
-    elif args.input_key:
-        layouts = [(None, args.input_key, args.label_key)]
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    wanted = " and ".join(filter(None, [args.input_key, args.output_key])) or "of a known layout"
-    flags = "--input_key, --output_key, --label_key"
-    raise ValueError(f"no column {wanted}, or no {args.label_key!r} ({flags}) but {', '.join(row)}")
+    """(prompt column or None, response column) of a row; the response column of a pair is "chosen"."""
+    prompts = ("prompt", "input", "instruction", "question")
+    responses = ("chosen", "completion", "output", "response", "messages", "conversations")
+    prompt_key = args.input_key or next((key for key in prompts if key in row), None)
+    response_key = args.output_key or next((key for key in responses if key in row), None)
+    if args.input_key and not args.output_key:
+        prompt_key, response_key = None, args.input_key
+    if response_key not in row or prompt_key not in (None, *row):
+        raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
+    return prompt_key, response_key
 
 
 def encode_row(row, tokenizer, args):
     """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
-    prompt_key, *keys = choose_keys(row, args)
-    if keys == ["chosen", "rejected"]:
-        sides = [("chosen", "chosen_finish_reason", True), ("rejected", "rejected_finish_reason", False)]
-    else:
-        sides = [(keys[0], "finish_reason", read_label(row[args.label_key]))]
+    prompt_key, response_key = choose_keys(row, args)
+    sides = [("chosen", "chosen_finish_reason", True), ("rejected", "rejected_finish_reason", False)]
+    if response_key != "chosen":
+        sides = [(response_key, "finish_reason", read_label(row.get(args.label_key)))]
     examples = []
     for key, finish_key, desirable in sides:
         prompt, response = split_response(row.get(prompt_key), row[key], args)
         ids, trained = encode(prompt, response, tokenizer, args, row.get(finish_key))
-        prompt_hash = zlib.crc32(ids[: trained.argmax()].tobytes())
-        example = {"input_ids": ids, "trained": trained}
-        examples.append({**example, "desirable": desirable, "prompt_hash": prompt_hash})
+        example = {"input_ids": ids, "trained": trained, "desirable": desirable}
+        examples.append(example | {"prompt_hash": zlib.crc32(ids[~trained].tobytes())})
     return examples
 
 
@@ -605,50 +597,53 @@ def kto_loss(log_ratios, desirable, kl, args):
     return weight * torch.sigmoid(-sign * args.beta * (log_ratios - kl))  # 1 - sigmoid(x) = sigmoid(-x)
 
 
-def response_sums(engine, examples):
-    """(log-ratios, logps), [B] each: log pi - log ref and log pi of each response, in summed nats."""
-    per_token_logps = engine(pack_rows(examples, engine.device))
-    ref_logps = np.concatenate([example["ref_logps"] for example in examples])
-    log_ratios = per_token_logps - to_device(ref_logps, engine.device)
-    counts = [example["n_trained"] for example in examples]
-    return [torch.stack([part.sum() for part in x.split(counts)]) for x in (log_ratios, per_token_logps)]
+def response_logps(engine, examples):
+    """Log-probs [B] of the responses: sums, in nats."""
+    per_token_logps = engine(pack_rows(examples, engine.device)).double()  # small differences of large sums
+    sizes = [example["n_trained"] for example in examples]
+    return torch.stack([part.sum() for part in per_token_logps.split(sizes)])
 
 
 @torch.no_grad()
-def kto_z0(engine, mismatched, args):
+def kto_z0(engine, mismatched, ref_logps, args):
     """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
-    total = torch.zeros((), device=engine.device)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
     lengths = [example["length"] for example in mismatched]
     max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
     for members in split_step(lengths, args.micro_train_batch_size, max_tokens):
-        batch = [mismatched[j] for j in members] or mismatched[:1]
         weight = 1.0 if len(members) else 0.0
-        total += weight * response_sums(engine, batch)[0].sum()
+        members = members if len(members) else np.array([0])
+        logps = response_logps(engine, [mismatched[j] for j in members])
+        total += weight * (logps - to_device(ref_logps[members], engine.device)).sum()
     dist.all_reduce(total)
     return (total / len(mismatched)).clamp(min=0)
 
 
-def kto_step(engine, examples, mismatched, args, train=True):
+def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     """Forward and backward over the rows of one optimiser step, in as many passes as it takes.
 
     Each pass adds its share of the loss, a mean over the rows of the whole step on all ranks. mismatched: the
-    examples for z0, [] for APO-zero. Returns metrics, the same on all ranks.
+    same prompts with other responses. ref_logps [B, 2]: of both. Returns metrics, the same on all ranks.
     """
     n_good = sum(example["desirable"] for example in examples)
     counts = {"chosen": max(1, n_good), "rejected": max(1, len(examples) - n_good)}
     max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
-    z0 = kto_z0(engine, mismatched, args) if mismatched else torch.zeros((), device=engine.device)
+    z0 = torch.zeros((), device=engine.device)
+    if not args.apo_zero_unpaired:
+        z0 = kto_z0(engine, mismatched, ref_logps[:, 1], args)
     totals = 0
     for i, members in enumerate(passes):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
         weight = 1.0 if len(members) else 0.0
-        batch = [examples[j] for j in members] or examples[:1]
+        members = members if len(members) else np.array([0])
+        batch = [examples[j] for j in members]
         good = to_device(np.array([example["desirable"] for example in batch]), engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
-            log_ratios, logps = response_sums(engine, batch)
+            logps = response_logps(engine, batch)
+            log_ratios = logps - to_device(ref_logps[members, 0], engine.device)
             loss = kto_loss(log_ratios, good, z0, args).sum() / len(examples)
         if train:
             engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
@@ -665,10 +660,9 @@ def kto_step(engine, examples, mismatched, args, train=True):
 
 def check_first_loss(metrics, args):
     """Stops unless the first loss is that of r = 0, but for rounding: the policy is still the reference."""
-    share = metrics["desirable"]
+    share, found = metrics["desirable"], metrics["loss"]
     known = (args.desirable_loss_weight * share + args.undesirable_loss_weight * (1 - share)) / 2
-    if abs(metrics["loss"] - known) > (0.1 if args.bf16 else 1e-4) * known:
-        found = metrics["loss"]
+    if abs(found - known) > (0.1 if args.bf16 else 1e-4) * known:
         die(f"step 1: the policy is the reference, so the loss must be {known:.7f}, but is {found:.7f}")
 
 
@@ -843,61 +837,6 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
-
-
-class PerToken:
-    """Values of every trained token of a table's examples: per_token[example] -> [n_trained, ...]."""
-
-    def __init__(self, file, n_trained):
-        self.values = np.load(file, mmap_mode="r")
-        self.ends = np.cumsum(n_trained)
-
-    def __getitem__(self, example):
-        end = self.ends[example["index"]]
-        return self.values[end - example["n_trained"] : end]
-
-
-def cache_file(kind, decides, args):
-    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    file = Path(args.cache_dir, f"{kind}-{key}.npy")
-    found = [file.exists()]
-    dist.broadcast_object_list(found)
-    return file, found[0]
-
-
-@torch.no_grad()
-def write_values(file, engine, pack_of, lengths, n_trained, width, args):
-    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
-
-    pack_of(indices of examples) -> pack. Each rank writes the values of its share into one file, which
-    appears by rename: several nodes need a shared disk.
-    """
-    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
-    dist.broadcast_object_list(partial)
-    if dist.get_rank() == 0:
-        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
-    dist.barrier()
-    output = np.load(partial[0], mmap_mode="r+")
-    ends = np.cumsum(n_trained)
-    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
-    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
-    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
-        members = members if len(members) else np.array([0])  # as every pass is a collective
-        values = engine(pack_of(members)).float().cpu().numpy()
-        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
-            output[ends[i] - len(part) : ends[i]] = part
-    output.flush()
-    for p in engine.parameters():
-        if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-            p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        os.replace(partial[0], file)
-    dist.barrier()
-
-
 def check_rows(engine, args):
     """check_attention on two made-up rows."""
     two = [{"input_ids": np.arange(n) * 7 % 100, "trained": np.arange(n) > 4} for n in (17, 23)]
@@ -908,68 +847,66 @@ def check_rows(engine, args):
 def choose_partners(prompts, seed):
     """[N], for each row the next one with another prompt, in a random order that the seed fixes.
 
-    prompts [N]: a number for each row's prompt. Where all have the same, the last row serves all.
+    prompts [N]: a number for each row's prompt. Where all have the same, any next row will do.
     """
     order = np.random.default_rng(seed).permutation(len(prompts))
+    following = np.roll(order, -1)
+    changes = np.flatnonzero(prompts[order] != prompts[following])  # places before another prompt
+    if not len(changes):
+        changes = np.arange(len(order))
+    next_change = np.searchsorted(changes, np.arange(len(order))) % len(changes)
     partners = np.empty_like(order)
-    partner = order[-1]
-    for place in reversed(range(2 * len(order))):  # twice around, as the last ones' partners come first
-        row, following = order[place % len(order)], order[(place + 1) % len(order)]
-        if prompts[row] != prompts[following]:
-            partner = following  # else the partner of the following row is this row's, too
-        partners[row] = partner
+    partners[order] = following[changes[next_change]]
     return partners
 
 
-class Rows:
-    """The N rows of a table by number and, as N to 2N - 1, the same prompts with their partners' responses.
+def fetch_rows(table, indices, partners, args):
+    """(examples of the rows, examples of the same prompts with their partners' responses)."""
+    examples, mismatched = fetch(table, indices), []
+    for example, partner in zip(examples, fetch(table, partners[indices])):
+        prompt = example["input_ids"][~example["trained"]]
+        response = partner["input_ids"][partner["trained"]][: args.max_len - len(prompt)]
+        ids, trained = np.append(prompt, response), np.arange(len(prompt) + len(response)) >= len(prompt)
+        sizes = {"length": len(ids), "n_trained": len(response)}
+        mismatched.append({"input_ids": ids, "trained": trained, **sizes})
+    return examples, mismatched
 
-    Each has the reference's log-probs: see reference_rows. Without z0 there are no partners.
+
+@torch.no_grad()
+def reference_rows(table, partners, args, device):
+    """Log-probs [N, 2], sums in nats, under the reference: of each row's response, and of its partner's.
+
+    They are computed once and kept in --cache_dir; APO-zero needs the first column only.
     """
-
-    def __init__(self, table, args):
-        self.table, self.max_len, self.ref_logps = table, args.max_len, None
-        columns = table.with_format("numpy")
-        self.prompts = self.responses = np.arange(len(table))
-        if not args.apo_zero_unpaired:
-            partners = choose_partners(columns["prompt_hash"][:], args.seed)
-            self.prompts, self.responses = np.tile(self.prompts, 2), np.append(self.prompts, partners)
-        n_trained = columns["n_trained"][:]
-        n_prompt = (columns["length"][:] - n_trained)[self.prompts]
-        self.n_trained = np.minimum(n_trained[self.responses], args.max_len - n_prompt)
-        self.lengths = n_prompt + self.n_trained
-
-    def fetch(self, indices):
-        """Their examples, as fetch gives those of a table."""
-        examples = fetch(self.table, self.prompts[indices])
-        partners = fetch(self.table, self.responses[indices])
-        for i, example, partner in zip(indices, examples, partners):
-            n_prompt = example["length"] - example["n_trained"]
-            response = partner["input_ids"][partner["length"] - partner["n_trained"] :]
-            ids = np.concatenate([example["input_ids"][:n_prompt], response])[: self.max_len]
-            example |= {"index": i, "input_ids": ids, "trained": np.arange(len(ids)) >= n_prompt}
-            example |= {"length": len(ids), "n_trained": len(ids) - n_prompt}
-            if self.ref_logps:
-                example["ref_logps"] = self.ref_logps[example]
-        return examples
-
-
-def reference_rows(table, args, device):
-    """The Rows of a table, with the reference's log-probs."""
     path = args.ref_pretrain or args.pretrain
-    rows = Rows(table, args)
     decides = [table._fingerprint, args.apo_zero_unpaired, args.seed, path, stamp(path), args.bf16]
-    file, found = cache_file("logps", decides, args)
-    if not found:
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    file = Path(args.cache_dir, f"logps-{key}.npy")
+    found = [file.exists()]
+    dist.broadcast_object_list(found)
+    if not found[0]:
         engine = start_frozen(path, args, device, args.ref_offload)
         check_rows(engine, args)
-
-        def pack_of(indices):
-            return pack_rows(rows.fetch(indices), device)
-
-        write_values(file, engine, pack_of, rows.lengths, rows.n_trained, (), args)
-    rows.ref_logps = PerToken(file, rows.n_trained)
-    return rows
+        logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a row
+        lengths = table.with_format("numpy")["length"][:]
+        quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
+        passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+        for members in tqdm.tqdm(passes, "reference", disable=quiet):
+            rows = members if len(members) else np.array([0])  # every pass is a collective
+            kinds = fetch_rows(table, rows, partners, args)
+            for column, batch in enumerate(kinds[: 1 if args.apo_zero_unpaired else 2]):
+                values = response_logps(engine, batch)
+                logps[to_device(members, device), column] = values[: len(members)]
+        dist.all_reduce(logps)  # those of other ranks are 0
+        for p in engine.parameters():
+            if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        if dist.get_rank() == 0:
+            partial = f"{file}.{os.getpid()}.npy"  # another run may write the same
+            np.save(partial, logps.cpu())
+            os.replace(partial, file)
+        dist.barrier()
+    return np.load(file, mmap_mode="r")
 
 
 def count_classes(desirable, args):
@@ -977,10 +914,11 @@ def count_classes(desirable, args):
     good, bad = int(desirable.sum()), int((~desirable).sum())
     if not good or not bad:
         die(f"{good} desirable and {bad} undesirable rows: KTO needs both")
-    share = args.desirable_loss_weight * good / (args.undesirable_loss_weight * bad)
-    weight = args.desirable_loss_weight * good / bad / 1.15
-    advice = "in" if 1 <= share <= 4 / 3 else f"--undesirable_loss_weight {weight:.3g} puts it in"
-    note(f"labels {good:,} desirable, {bad:,} not: w_D n_D / (w_U n_U) = {share:.2f}, {advice} [1, 4/3]")
+    ratio = args.desirable_loss_weight * good / (args.undesirable_loss_weight * bad)
+    advice = (
+        f"between 1 and 4/3 with --undesirable_loss_weight {args.undesirable_loss_weight * ratio / 1.15:.3g}"
+    )
+    note(f"labels {good:,} desirable, {bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}; {advice}")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1184,14 +1122,16 @@ def main(args):
     # --- algorithm: kto (model)
     desirable = columns["desirable"][:]
     count_classes(desirable, args)
-    rows_of = {t._fingerprint: reference_rows(t, args, device) for t in (examples, held_out) if len(t)}
+    partners, references = {}, {}
+    for table in filter(len, (examples, held_out)):
+        partners[table] = choose_partners(table.with_format("numpy")["prompt_hash"][:], args.seed)
+        references[table] = reference_rows(table, partners[table], args, device)
     engine = start_engine(args, total_steps)
     check_rows(engine, args)
 
     def take_step(table, indices, train=True):
-        rows = rows_of[table._fingerprint]
-        mismatched = [] if args.apo_zero_unpaired else rows.fetch(indices + len(table))
-        metrics = kto_step(engine, rows.fetch(indices), mismatched, args, train)
+        rows = fetch_rows(table, indices, partners[table], args)
+        metrics = kto_step(engine, *rows, references[table][indices], args, train)
         if train and engine.global_steps == 0 and args.ref_pretrain in (None, args.pretrain):
             check_first_loss(metrics, args)
         return metrics
