@@ -18,7 +18,7 @@ Deviations from the usual trainer, beside those of sft.py (exact under any split
 A data row, one of (other columns: --prompt_key, --chosen_key, --rejected_key):
     {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                             text, or lists of messages
     {"chosen": [{"role": "user", "content": "2+2?"}, ...], "rejected": [...]}      whole conversations
-    {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": ...}             as in Anthropic/hh-rlhf
+    {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": ...}             text as in hh-rlhf
 
 Commands:
     python dpo.py --pretrain MODEL --dataset pairs.jsonl --save_path runs/dpo           # one GPU, or a CPU
@@ -33,7 +33,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -323,13 +322,9 @@ def split_response(prompt, response, args):
     if prompt is not None:
         return prompt, response
     head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark:
-        raise ValueError(r"no prompt column, and no '\n\nAssistant:' in the response")
-    if not args.apply_chat_template:
-        return head + mark, answer
-    turns = re.split(r"\n\n(Human|Assistant):", response)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+    if not mark or args.apply_chat_template:
+        raise ValueError("no prompt column (text as in hh-rlhf needs none, without --apply_chat_template)")
+    return head + mark, answer
 
 
 def choose_keys(row, args):
@@ -869,10 +864,7 @@ def check_tree(engine, args):
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
-    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them.
-
-    offload: the shards stay in CPU memory.
-    """
+    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     if args.zero_stage < 3:
         engine = wrapper(load_model(path, args)).to(device).eval()
         engine.device = torch.device(device)  # as DeepSpeed's engines have it

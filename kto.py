@@ -5,14 +5,13 @@ With r(y) = sum_t log pi(y_t) - log ref(y_t), the loss is the mean over the rows
     undesirable  w_U (1 - sigmoid(beta (z0 - r(y))))
     z0 = max(0, mean over the rows of r(y'))            y': the response of another row; no gradient
 --apo_zero_unpaired: w_D (1 - sigmoid(beta r)) and w_U sigmoid(beta r), without z0: Eq. 5 of arXiv:2408.06266.
-Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts are printed, with a weight that does it.
+Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts and this ratio are printed.
 
 Deviations from the usual trainer:
  1. z0 is one number per optimiser step, over its whole batch on all ranks. It costs a forward pass.
  2. y' is that of the next row with another prompt, in an order that --seed fixes once.
- 3. Both classes are spread evenly over the batches.
- 4. The reference's log-probs, of y' too, are computed before the policy is loaded, and kept in --cache_dir.
- 5. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
+ 3. The reference's log-probs, of y' too, are computed before the policy is loaded, and kept in --cache_dir.
+ 4. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
 
 A data row, one of (other columns: --input_key, --output_key, --label_key; a pair counts as two rows):
     {"prompt": "2+2?", "completion": "4", "label": true}     text or messages; label: true, 1, "True", ...
@@ -32,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -308,13 +306,9 @@ def split_response(prompt, response, args):
     if prompt is not None:
         return prompt, response
     head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark:
-        raise ValueError(r"no prompt column, and no '\n\nAssistant:' in the response")
-    if not args.apply_chat_template:
-        return head + mark, answer
-    turns = re.split(r"\n\n(Human|Assistant):", response)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+    if not mark or args.apply_chat_template:
+        raise ValueError("no prompt column (text as in hh-rlhf needs none, without --apply_chat_template)")
+    return head + mark, answer
 
 
 def read_label(value):
@@ -820,10 +814,7 @@ def check_attention(engine, pack, alone, args):
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
-    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them.
-
-    offload: the shards stay in CPU memory.
-    """
+    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     if args.zero_stage < 3:
         engine = wrapper(load_model(path, args)).to(device).eval()
         engine.device = torch.device(device)  # as DeepSpeed's engines have it
@@ -865,9 +856,10 @@ def fetch_rows(table, indices, partners, args):
     examples, mismatched = fetch(table, indices), []
     for example, partner in zip(examples, fetch(table, partners[indices])):
         prompt = example["input_ids"][~example["trained"]]
-        response = partner["input_ids"][partner["trained"]][: args.max_len - len(prompt)]
-        ids, trained = np.append(prompt, response), np.arange(len(prompt) + len(response)) >= len(prompt)
-        sizes = {"length": len(ids), "n_trained": len(response)}
+        response = partner["input_ids"][partner["trained"]]
+        ids = np.append(prompt, response)[: args.max_len]
+        trained = np.arange(len(ids)) >= len(prompt)
+        sizes = {"length": len(ids), "n_trained": len(ids) - len(prompt)}
         mismatched.append({"input_ids": ids, "trained": trained, **sizes})
     return examples, mismatched
 
@@ -910,15 +902,12 @@ def reference_rows(table, partners, args, device):
 
 
 def count_classes(desirable, args):
-    """Prints how many rows are desirable, and what Eq. 8 of arXiv:2402.01306 wants; stops without both."""
-    good, bad = int(desirable.sum()), int((~desirable).sum())
-    if not good or not bad:
-        die(f"{good} desirable and {bad} undesirable rows: KTO needs both")
-    ratio = args.desirable_loss_weight * good / (args.undesirable_loss_weight * bad)
-    advice = (
-        f"between 1 and 4/3 with --undesirable_loss_weight {args.undesirable_loss_weight * ratio / 1.15:.3g}"
-    )
-    note(f"labels {good:,} desirable, {bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}; {advice}")
+    """Prints how many rows are desirable, and the ratio of Eq. 8 of arXiv:2402.01306; stops without both."""
+    n_good, n_bad = int(desirable.sum()), int((~desirable).sum())
+    if not n_good or not n_bad:
+        die(f"{n_good} desirable and {n_bad} undesirable rows: KTO needs both")
+    ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
+    note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1061,14 +1050,6 @@ def epoch_order(lengths, seed, epoch):
     return order
 
 
-def balanced_order(order, desirable):
-    """The order with both classes spread evenly over it; the first of each class are its first two."""
-    place = np.empty(len(order))
-    for members in (order[desirable[order]], order[~desirable[order]]):
-        place[members] = np.arange(len(members)) / len(members)
-    return np.argsort(place, kind="stable")
-
-
 def mark_trained(ids, trained, tokenizer):
     """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
     edges = np.flatnonzero(np.diff(trained.astype(int))) + 1
@@ -1120,8 +1101,7 @@ def main(args):
         return
 
     # --- algorithm: kto (model)
-    desirable = columns["desirable"][:]
-    count_classes(desirable, args)
+    count_classes(columns["desirable"][:], args)
     partners, references = {}, {}
     for table in filter(len, (examples, held_out)):
         partners[table] = choose_partners(table.with_format("numpy")["prompt_hash"][:], args.seed)
@@ -1137,7 +1117,7 @@ def main(args):
         return metrics
 
     def order_of(epoch):
-        return balanced_order(epoch_order(lengths, args.seed, epoch), desirable)
+        return epoch_order(lengths, args.seed, epoch)
 
     shown = fetch(examples, [0])[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)

@@ -435,7 +435,7 @@ LAYOUTS = {  # name: (row, flags, prompt, responses where they are not those of 
     "text": ({"prompt": "red?\n", **TEXTS}, {}, "red?\n"),
     "prompt of messages": ({"prompt": said("a", "b", "red?"), **TEXTS}, {}, LONG),
     "conversations": (LONG_TALKS, {}, LONG),
-    "hh-rlhf as a chat": ({"chosen": f"{HH} river", "rejected": f"{HH} walls"}, CHAT, LONG),
+    "hh-rlhf": ({"chosen": f"{HH} river", "rejected": f"{HH} walls"}, {}, HH, " river<eos>", " walls<eos>"),
     "sampled": ({"prompt": ASKED, **TEXTS, **SAMPLED}, CHAT, ASKED, "river<eos>", "walls"),
     "key flags": (RENAMED, KEYS, "red?"),
 }
@@ -450,7 +450,7 @@ def test_layouts(name, pairs_of):
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 BAD_INPUT = [  # rows, flags, what the error says
     ([{"text": "a"}], {}, "no column chosen or rejected (--prompt_key, --chosen_key, --rejected_key) but text"),
-    ([{"chosen": "b", "rejected": "c"}], {}, "no prompt column, and no"),
+    ([{"chosen": "b", "rejected": "c"}], {}, "no prompt column"),
     ([{**GOOD, "rejected": "b"}] * 2, {}, "chosen == rejected"),
     ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: empty response"),
     ([GOOD], {"ref_pretrain": "no/such-model"}, "no/such-model"),
