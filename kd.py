@@ -21,8 +21,6 @@ A data row: as for sft.py, {"input": "Q: 2+2?\\nA:", "output": " 4"} or {"messag
 Commands:
     python kd.py --pretrain STUDENT --teacher_model TEACHER --dataset rows.jsonl --save_path runs/kd
     deepspeed --num_gpus 8 kd.py --pretrain STUDENT --teacher_model TEACHER --dataset x.jsonl --zero_stage 3
-    python kd.py --pretrain runs/toy/toy/policy_init --teacher_model runs/toy/toy/policy \\
-        --dataset runs/toy/toy/sft.jsonl --no-bf16                                               # smoke run
 """
 
 import collections
@@ -605,7 +603,6 @@ class DistillLogProbs(LogProbs):
         super().__init__(model)
         self.vocab_size, self.args = vocab_size, args
         if teacher is not None:
-            teacher = getattr(teacher, "module", teacher)
             head = list(teacher.parts[1].parameters())  # weight, and a bias in some models
             # Under ZeRO-3 a whole copy: ranks run different numbers of chunks, and a gather needs them all.
             with deepspeed.zero.GatheredParameters(head):
@@ -861,15 +858,6 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-def same_vocabulary(tokenizer, args):
-    """Number of tokens that student and teacher share; stops where these are not the same ones."""
-    tokens = tokenizer.get_vocab()
-    if load_tokenizer(args.teacher_model, args).get_vocab() != tokens:
-        die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
-    configs = map(transformers.AutoConfig.from_pretrained, (args.pretrain, args.teacher_model))
-    return min(max(tokens.values()) + 1, *(config.get_text_config().vocab_size for config in configs))
-
-
 def check_rows(engine, args):
     """check_attention on two made-up rows."""
     two = [{"input_ids": np.arange(n) * 7 % 100, "trained": np.arange(n) > 4} for n in (17, 23)]
@@ -907,9 +895,8 @@ def teacher_topk(table, vocab_size, args, device):
         output = np.load(partial[0], mmap_mode="r+")
         rows = np.split(output, ends[:-1])
         quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
-        passes = split_step(
-            columns["length"][:], 4 * args.micro_train_batch_size
-        )  # without a gradient, more fits
+        # Without a gradient, more fits.
+        passes = split_step(columns["length"][:], 4 * args.micro_train_batch_size)
         for members in tqdm.tqdm(passes, "teacher", disable=quiet):
             batch = fetch(table, members if len(members) else [0])  # every pass is a collective
             values = engine(pack_rows(batch, device) | {"targets": None}).cpu().numpy()
@@ -1093,7 +1080,8 @@ def main(args):
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kd (inputs)
-    vocab_size = same_vocabulary(tokenizer, args)
+    if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
+        die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
     inputs = {"pretrain": args.pretrain, "teacher_model": args.teacher_model, "dataset": args.dataset}
     # --- end algorithm
     identity = identify(args, inputs)
@@ -1116,6 +1104,7 @@ def main(args):
         return
 
     # --- algorithm: kd (model)
+    vocab_size = len(tokenizer)
     teacher, topk = None, {}
     if args.teacher_topk:
         for table in filter(len, (examples, held_out)):
@@ -1127,8 +1116,9 @@ def main(args):
 
     def take_step(table, indices, train=True):
         batch = fetch(table, indices)
-        for example in batch if topk else ():
-            example["teacher"] = topk[table][example["index"]]
+        if args.teacher_topk:
+            for example in batch:
+                example["teacher"] = topk[table][example["index"]]
         return kd_step(engine, teacher, batch, args, train)
 
     def order_of(epoch):
