@@ -904,7 +904,7 @@ def reference_logps(table, args, device):
                 p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
         if dist.get_rank() == 0:
             partial = f"{file}.{os.getpid()}.npy"  # another run may write the same
-            np.save(partial, logps.cpu())
+            np.save(partial, logps.cpu().numpy())
             os.replace(partial, file)
         dist.barrier()
     return np.load(file, mmap_mode="r")
