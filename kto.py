@@ -312,10 +312,10 @@ def split_response(prompt, response, args):
 
 def read_label(value):
     """True or False from a row's label; nothing else is taken for one."""
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    if str(value).lower() not in words:
+    word = str(value).lower()
+    if word not in ("true", "1", "1.0", "false", "0", "0.0"):
         raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
-    return words[str(value).lower()]
+    return word in ("true", "1", "1.0")
 
 
 def choose_keys(row, args):
@@ -616,7 +616,7 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     """Forward and backward over the rows of one optimiser step, in as many passes as it takes.
 
     Each pass adds its share of the loss, a mean over the rows of the whole step on all ranks. mismatched: the
-    same prompts with other responses. ref_logps [B, 2]: of both. Returns metrics, the same on all ranks.
+    examples for z0. ref_logps [B, 2]: the reference's, of both. Returns metrics, the same on all ranks.
     """
     n_good = sum(example["desirable"] for example in examples)
     counts = {"chosen": max(1, n_good), "rejected": max(1, len(examples) - n_good)}
@@ -624,7 +624,7 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
     z0 = torch.zeros((), device=engine.device)
-    if not args.apo_zero_unpaired:
+    if mismatched:
         z0 = kto_z0(engine, mismatched, ref_logps[:, 1], args)
     totals = 0
     for i, members in enumerate(passes):
@@ -843,8 +843,10 @@ def choose_partners(prompts, seed):
 
 
 def fetch_rows(table, indices, partners, args):
-    """(examples of the rows, examples of the same prompts with their partners' responses)."""
+    """(examples of the rows, examples of their prompts with the partners' responses; [] for APO-zero)."""
     examples, mismatched = fetch(table, indices), []
+    if args.apo_zero_unpaired:
+        return examples, mismatched
     for example, partner in zip(examples, fetch(table, partners[indices])):
         prompt = example["input_ids"][~example["trained"]]
         response = partner["input_ids"][partner["trained"]]
@@ -859,7 +861,7 @@ def fetch_rows(table, indices, partners, args):
 def reference_rows(table, partners, args, device):
     """Log-probs [N, 2], sums in nats, under the reference: of each row's response, and of its partner's.
 
-    They are computed once and kept in --cache_dir; APO-zero needs the first column only.
+    They are computed once and kept in --cache_dir.
     """
     path = args.ref_pretrain or args.pretrain
     decides = [table._fingerprint, args.apo_zero_unpaired, args.seed, path, stamp(path), args.bf16]
@@ -876,10 +878,10 @@ def reference_rows(table, partners, args, device):
         passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
         for members in tqdm.tqdm(passes, "reference", disable=quiet):
             rows = members if len(members) else np.array([0])  # every pass is a collective
-            kinds = fetch_rows(table, rows, partners, args)
-            for column, batch in enumerate(kinds[: 1 if args.apo_zero_unpaired else 2]):
-                values = response_logps(engine, batch)
-                logps[to_device(members, device), column] = values[: len(members)]
+            for column, batch in enumerate(fetch_rows(table, rows, partners, args)):
+                if batch:
+                    values = response_logps(engine, batch)
+                    logps[to_device(members, device), column] = values[: len(members)]
         dist.all_reduce(logps)  # those of other ranks are 0
         for p in engine.parameters():
             if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
