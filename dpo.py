@@ -7,19 +7,18 @@ h = r(w) - r(l) and e = --label_smoothing, the loss is the mean over the pairs o
     hinge    max(0, 1 - beta h)                                    arXiv:2309.06657
     ipo      (h - 1 / (2 beta))^2                                  Eq. 17 of arXiv:2310.12036 (beta: its tau)
     simpo    -log sigmoid(beta h - gamma)                          Eq. 6 of arXiv:2405.14734: no reference
-ipo and simpo take r as a mean per token (--ipo_sum: sums); --length_normalized makes the others do so, too.
---nll_loss_coef adds the mean of -log pi over the chosen tokens of the step (arXiv:2404.19733).
+ipo, simpo and --length_normalized take r as a mean per token (--ipo_sum: as a sum). --nll_loss_coef adds the
+mean of -log pi over the chosen tokens of the step (arXiv:2404.19733).
 
-Deviations from the usual trainer:
+Deviations from the usual trainer, beside those of sft.py (exact under any split of a step, no padding):
  1. A prompt is computed once: both responses hang off it, and attention follows that tree.
  2. The reference's log-probs are computed before the policy is loaded, once, and kept in --cache_dir.
  3. Where the reference is the start policy, the run stops unless the first loss is that of h = 0 (ln 2).
- 4. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
 
 A data row, one of (other columns: --prompt_key, --chosen_key, --rejected_key):
     {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                             text, or lists of messages
     {"chosen": [{"role": "user", "content": "2+2?"}, ...], "rejected": [...]}      whole conversations
-    {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": ...}             as in Anthropic/hh-rlhf
+    {"chosen": "\\n\\nHuman: 2+2?\\n\\nAssistant: 4", "rejected": ...}             text as in hh-rlhf
 
 Commands:
     python dpo.py --pretrain MODEL --dataset pairs.jsonl --save_path runs/dpo           # one GPU, or a CPU
@@ -34,7 +33,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -43,7 +41,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 # Every pack has another size: without this the allocator fragments the GPU's memory.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -147,14 +145,14 @@ class Args:
         self.loss_type = "ipo" if self.ipo else self.loss_type
         if self.loss_type not in LOSSES:
             die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
-        loss = LOSSES[self.loss_type]
+        takes = LOSSES[self.loss_type]
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
             die("--beta must be above 0, --label_smoothing from 0 to below 0.5")
-        if self.label_smoothing and not loss.takes_smoothing:
+        if self.label_smoothing and "smoothing" not in takes:
             die(f"--loss_type {self.loss_type} takes no --label_smoothing")
-        if self.ref_pretrain and not loss.needs_reference:
+        if self.ref_pretrain and "reference" not in takes:
             die(f"--loss_type {self.loss_type} has no reference: leave out --ref_pretrain")
-        if loss.takes_means and not (self.loss_type == "ipo" and self.ipo_sum):
+        if "means" in takes and not (self.loss_type == "ipo" and self.ipo_sum):
             self.length_normalized = True
         if self.length_normalized and self.beta == 0.1:
             note("notice --beta 0.1 is small for a loss of means per token: 2 to 10 are usual")
@@ -173,7 +171,7 @@ FEATURES = Features(  # the columns of an encoded row
     trained=List(Value("bool")),  # is the token part of the loss?
     length=Value("int32"),  # tokens fed; 0: the row cannot be used
     n_trained=Value("int32"),
-    n_chosen=Value("int32"),  # trained tokens of the chosen response
+    sizes=List(Value("int32")),  # trained tokens of the chosen and of the rejected response
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
@@ -324,24 +322,21 @@ def split_response(prompt, response, args):
     if prompt is not None:
         return prompt, response
     head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark:
-        raise ValueError(r"no prompt column, and no '\n\nAssistant:' in the response")
-    if not args.apply_chat_template:
-        return head + mark, answer
-    turns = re.split(r"\n\n(Human|Assistant):", response)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+    if not mark or args.apply_chat_template:
+        raise ValueError("no prompt column (text as in hh-rlhf needs none, without --apply_chat_template)")
+    return head + mark, answer
 
 
 def choose_keys(row, args):
     """(prompt column or None, chosen column, rejected column) of a row."""
-    prompt_keys = ["prompt", "question", "instruction", "input", None]
-    for prompt_key in [args.prompt_key] if args.prompt_key else prompt_keys:
-        keys = (prompt_key, args.chosen_key, args.rejected_key)
-        if set(keys) - {None} <= set(row):
-            return keys
-    flags = "--prompt_key, --chosen_key, --rejected_key"
-    raise ValueError(f"no column {' or '.join(filter(None, keys))} ({flags}) but {', '.join(row)}")
+    known = ("prompt", "question", "instruction", "input")
+    prompt_key = args.prompt_key or next((key for key in known if key in row), None)
+    keys = (prompt_key, args.chosen_key, args.rejected_key)
+    missing = [key for key in keys if key and key not in row]
+    if missing:
+        flags = "--prompt_key, --chosen_key, --rejected_key"
+        raise ValueError(f"no column {' or '.join(missing)} ({flags}) but {', '.join(row)}")
+    return keys
 
 
 def encode_row(row, tokenizer, args):
@@ -360,7 +355,8 @@ def encode_row(row, tokenizer, args):
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
     ends = [n_prompt, len(chosen), len(ids)]
-    return [{"input_ids": ids, "trained": trained, "ends": ends, "n_chosen": chosen_trained.sum()}]
+    sizes = [chosen_trained.sum(), rejected_trained.sum()]
+    return [{"input_ids": ids, "trained": trained, "ends": ends, "sizes": sizes}]
 
 
 def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
@@ -615,24 +611,12 @@ class LogProbs(nn.Module):
 # --- the loss and the step
 
 
-# All take chosen and rejected [B]: log pi - log ref of the response in nats (log pi alone where the loss
-# needs no reference), summed over its tokens or their mean. All return the loss [B].
-
-
-class Loss(NamedTuple):
-    """What a loss needs."""
-
-    needs_reference: bool = True  # else there is no reference pass, no kl_ref and no known first loss
-    takes_means: bool = False  # log-probs per token in place of sums
-    takes_smoothing: bool = False
-
-
-LOSSES = {  # a new loss is a line here and one in pair_loss
-    "sigmoid": Loss(takes_smoothing=True),
-    "robust": Loss(takes_smoothing=True),
-    "hinge": Loss(),
-    "ipo": Loss(takes_means=True),
-    "simpo": Loss(needs_reference=False, takes_means=True),
+LOSSES = {  # what a loss takes; a new one is a line here and its formula in pair_loss
+    "sigmoid": ("reference", "smoothing"),
+    "robust": ("reference", "smoothing"),
+    "hinge": ("reference",),
+    "ipo": ("reference", "means"),
+    "simpo": ("means",),
 }
 
 
@@ -655,38 +639,21 @@ def pair_loss(chosen, rejected, args):
         return -F.logsigmoid(h - args.simpo_gamma)
 
 
-def pair_sums(per_token, counts):
-    """Sums [B, 2] over the tokens of chosen and rejected responses; counts [B, 2]: their trained tokens."""
-    return torch.stack([part.sum() for part in per_token.split(counts.ravel().tolist())]).view(-1, 2)
+def pair_logps(engine, examples):
+    """Log-probs [B, 2] of the chosen and the rejected responses: sums, in nats."""
+    per_token_logps = engine(pack_trees(examples, engine.device)).double()  # small differences of large sums
+    sizes = np.concatenate([example["sizes"] for example in examples]).tolist()
+    return torch.stack([part.sum() for part in per_token_logps.split(sizes)]).view(-1, 2)
 
 
-@torch.no_grad()
-def pair_metrics(values, logps, log_ratios, counts, args):
-    """{name: [B]} of what is logged beside the loss; values, logps, counts [B, 2]; log_ratios [N]."""
-    rewards = args.beta * values
-    margins = rewards[:, 0] - rewards[:, 1]
-    metrics = {
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0) + 0.5 * (margins == 0),  # a tie is half right: all are in step 1
-    }
-    tokens = to_device(counts.astype(np.float32), values.device)
-    for name, pair in (("rewards", rewards), ("logps", logps), ("length", tokens)):
-        metrics |= {f"{name}/chosen": pair[:, 0], f"{name}/rejected": pair[:, 1]}
-    if LOSSES[args.loss_type].needs_reference:
-        # KL(policy, reference) per response, were the data the reference's samples: sum of r log r - r + 1.
-        log_ratios = log_ratios.clamp(-20, 20)  # one odd token must not hide the rest
-        metrics["kl_ref"] = pair_sums(log_ratios.exp() * (log_ratios - 1) + 1, counts).mean(1)
-    return metrics
-
-
-def dpo_step(engine, examples, args, train=True):
+def dpo_step(engine, examples, ref_logps, args, train=True):
     """Forward and backward over the pairs of one optimiser step, in as many passes as it takes.
 
-    Each pass adds its share of the loss, a mean over the pairs of the whole step on all ranks. Returns
-    metrics, the same on all ranks.
+    Each pass adds its share of the loss, a mean over the pairs of the whole step on all ranks. ref_logps
+    [B, 2]: as pair_logps, of the reference. Returns metrics, the same on all ranks.
     """
-    needs_reference = LOSSES[args.loss_type].needs_reference
-    n_chosen = sum(example["n_chosen"] for example in examples)
+    sizes = np.array([example["sizes"] for example in examples])  # [B, 2]
+    n_chosen, n_rejected = sizes.sum(0).tolist()
     max_tokens = 2 * args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
@@ -694,30 +661,32 @@ def dpo_step(engine, examples, args, train=True):
     for i, members in enumerate(passes):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
         weight = 1.0 if len(members) else 0.0
-        batch = [examples[j] for j in members] or examples[:1]
-        counts = np.array([[e["n_chosen"], e["n_trained"] - e["n_chosen"]] for e in batch])  # [B, 2]
+        members = members if len(members) else np.array([0])
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
-            per_token_logps = engine(pack_trees(batch, engine.device))
-            log_ratios = per_token_logps
-            if needs_reference:
-                ref_logps = np.concatenate([example["ref_logps"] for example in batch])
-                log_ratios = per_token_logps - to_device(ref_logps, engine.device)
-            values, logps = pair_sums(log_ratios, counts), pair_sums(per_token_logps, counts)
+            logps = pair_logps(engine, [examples[j] for j in members])
+            values = logps - to_device(ref_logps[members], engine.device)
             if args.length_normalized:
-                values = values / to_device(counts, engine.device)
+                values = values / to_device(sizes[members], engine.device)
+            chosen, rejected = values.unbind(1)
             nll = -logps[:, 0].sum() / n_chosen
-            share = (
-                pair_loss(values[:, 0], values[:, 1], args).sum() / len(examples) + args.nll_loss_coef * nll
-            )
+            loss = pair_loss(chosen, rejected, args).sum() / len(examples) + args.nll_loss_coef * nll
         if train:
-            engine.backward(weight * share * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        metrics = pair_metrics(values, logps, log_ratios, counts, args)
-        shares = {name: value.sum() / len(examples) for name, value in metrics.items()}
-        shares |= {"loss": share, "nll": nll}
-        totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
+            engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
+        means = {
+            "rewards/chosen": args.beta * chosen,
+            "rewards/rejected": args.beta * rejected,
+            "rewards/margins": args.beta * (chosen - rejected),
+            "rewards/accuracies": chosen > rejected,
+            "logps/chosen": logps[:, 0],
+            "logps/rejected": logps[:, 1],
+        }
+        shares = [loss, nll, *(value.sum() / len(examples) for value in means.values())]
+        totals = totals + weight * torch.stack(shares).detach()
     dist.all_reduce(totals)
-    return dict(zip(shares, totals.tolist()))
+    metrics = dict(zip(["loss", "nll", *means], totals.tolist()))
+    n_tokens = {"length/chosen": n_chosen, "length/rejected": n_rejected}
+    return metrics | {name: n / len(examples) for name, n in n_tokens.items()}
 
 
 def check_first_step(metrics, args):
@@ -895,10 +864,7 @@ def check_tree(engine, args):
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
-    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them.
-
-    offload: the shards stay in CPU memory.
-    """
+    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     if args.zero_stage < 3:
         engine = wrapper(load_model(path, args)).to(device).eval()
         engine.device = torch.device(device)  # as DeepSpeed's engines have it
@@ -912,76 +878,36 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
-
-
-class PerToken:
-    """Values of every trained token of a table's examples: per_token[example] -> [n_trained, ...]."""
-
-    def __init__(self, file, n_trained):
-        self.values = np.load(file, mmap_mode="r")
-        self.ends = np.cumsum(n_trained)
-
-    def __getitem__(self, example):
-        end = self.ends[example["index"]]
-        return self.values[end - example["n_trained"] : end]
-
-
-def cache_file(kind, decides, args):
-    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    file = Path(args.cache_dir, f"{kind}-{key}.npy")
+@torch.no_grad()
+def reference_logps(table, args, device):
+    """As pair_logps, of all pairs of a table under the reference: computed once, kept in --cache_dir."""
+    if "reference" not in LOSSES[args.loss_type]:
+        return np.zeros((len(table), 2))
+    path = args.ref_pretrain or args.pretrain
+    decides = json.dumps([table._fingerprint, path, stamp(path), args.bf16])
+    file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
-    return file, found[0]
-
-
-@torch.no_grad()
-def write_values(file, engine, pack_of, lengths, n_trained, width, args):
-    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
-
-    pack_of(indices of examples) -> pack. Each rank writes the values of its share into one file, which
-    appears by rename: several nodes need a shared disk.
-    """
-    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
-    dist.broadcast_object_list(partial)
-    if dist.get_rank() == 0:
-        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
-    dist.barrier()
-    output = np.load(partial[0], mmap_mode="r+")
-    ends = np.cumsum(n_trained)
-    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
-    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
-    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
-        members = members if len(members) else np.array([0])  # as every pass is a collective
-        values = engine(pack_of(members)).float().cpu().numpy()
-        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
-            output[ends[i] - len(part) : ends[i]] = part
-    output.flush()
-    for p in engine.parameters():
-        if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-            p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        os.replace(partial[0], file)
-    dist.barrier()
-
-
-def reference_logps(table, args, device):
-    """PerToken of the log-probs of a table's examples under the reference."""
-    path = args.ref_pretrain or args.pretrain
-    n_trained = table.with_format("numpy")["n_trained"][:]
-    file, found = cache_file("logps", [table._fingerprint, path, stamp(path), args.bf16], args)
-    if not found:
+    if not found[0]:
         engine = start_frozen(path, args, device, args.ref_offload)
         check_tree(engine, args)
-
-        def pack_of(indices):
-            return pack_trees(fetch(table, indices), device)
-
+        logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a pair
         lengths = table.with_format("numpy")["length"][:]
-        write_values(file, engine, pack_of, lengths, n_trained, (), args)
-    return PerToken(file, n_trained)
+        quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
+        passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+        for members in tqdm.tqdm(passes, "reference", disable=quiet):
+            batch = fetch(table, members if len(members) else [0])  # every pass is a collective
+            logps[to_device(members, device)] = pair_logps(engine, batch)[: len(members)]
+        dist.all_reduce(logps)  # those of other ranks are 0
+        for p in engine.parameters():
+            if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        if dist.get_rank() == 0:
+            partial = f"{file}.{os.getpid()}.npy"  # another run may write the same
+            np.save(partial, logps.cpu().numpy())
+            os.replace(partial, file)
+        dist.barrier()
+    return np.load(file, mmap_mode="r")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1175,19 +1101,15 @@ def main(args):
         return
 
     # --- algorithm: dpo (model)
-    references = {}
-    if LOSSES[args.loss_type].needs_reference:
-        for table in filter(len, (examples, held_out)):
-            references[table._fingerprint] = reference_logps(table, args, device)
+    tables = [table for table in (examples, held_out) if len(table)]
+    references = {table: reference_logps(table, args, device) for table in tables}
     engine = start_engine(args, total_steps)
     check_tree(engine, args)
+    starts_at_reference = "reference" in LOSSES[args.loss_type] and args.ref_pretrain in (None, args.pretrain)
 
     def take_step(table, indices, train=True):
-        batch = fetch(table, indices)
-        for example in batch if references else ():
-            example["ref_logps"] = references[table._fingerprint][example]
-        metrics = dpo_step(engine, batch, args, train)
-        if train and engine.global_steps == 0 and references and args.ref_pretrain in (None, args.pretrain):
+        metrics = dpo_step(engine, fetch(table, indices), references[table][indices], args, train)
+        if train and engine.global_steps == 0 and starts_at_reference:
             check_first_step(metrics, args)
         return metrics
 

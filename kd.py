@@ -21,14 +21,10 @@ A data row: as for sft.py, {"input": "Q: 2+2?\\nA:", "output": " 4"} or {"messag
 Commands:
     python kd.py --pretrain STUDENT --teacher_model TEACHER --dataset rows.jsonl --save_path runs/kd
     deepspeed --num_gpus 8 kd.py --pretrain STUDENT --teacher_model TEACHER --dataset x.jsonl --zero_stage 3
-    python kd.py --pretrain runs/toy/toy/policy_init --teacher_model runs/toy/toy/policy \\
-        --dataset runs/toy/toy/sft.jsonl --no-bf16                                               # smoke run
 """
 
 import collections
-import dataclasses
 import datetime
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -563,8 +559,7 @@ class LogProbs(nn.Module):
 
 def real_logits(logits, vocab_size, temperature):
     """[C, V] -> [C, vocab_size], at the temperature; the rows that models pad their vocabulary with go."""
-    logits = logits[:, :vocab_size]
-    return logits if temperature == 1 else logits / temperature
+    return logits[:, :vocab_size] / temperature
 
 
 def top_and_rest(logits, ids):
@@ -575,80 +570,74 @@ def top_and_rest(logits, ids):
 
 
 class Teacher(LogProbs):
-    """A frozen LM: forward(pack), of a pack without targets, gives hidden states [N, H], or for k > 0 rows of
+    """The frozen teacher: forward(pack), of a pack without targets, gives what the student learns from.
 
-    the top-k table [N, 2k + 1]: log-probs of the k likeliest tokens and of all others together, then k ids.
+    That is its hidden states [N, H], or with --teacher_topk rows [N, 2k + 1] of the table: log-probs of the k
+    likeliest tokens and of all others together, then the k ids.
     """
 
     def __init__(self, model, vocab_size, args):
         super().__init__(model)
-        self.vocab_size, self.temperature = vocab_size, args.kd_temperature
-        self.k = min(args.teacher_topk, vocab_size)
+        self.vocab_size, self.args = vocab_size, args
 
     def chunk_topk(self, weight, bias, hidden):
-        logits = real_logits(self.logits(weight, bias, hidden), self.vocab_size, self.temperature)
-        ids = logits.topk(self.k, 1).indices
+        logits = self.logits(weight, bias, hidden)
+        logits = real_logits(logits, self.vocab_size, self.args.kd_temperature)
+        ids = logits.topk(min(self.args.teacher_topk, self.vocab_size), 1).indices
         return torch.cat([top_and_rest(logits, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
 
     def forward(self, pack):
         if pack["targets"] is not None:  # check_attention compares log-probs
             return super().forward(pack)
         hidden = self.hidden(pack)
-        return self.in_chunks(self.chunk_topk, hidden) if self.k else hidden
+        return self.in_chunks(self.chunk_topk, hidden) if self.args.teacher_topk else hidden
 
 
 class DistillLogProbs(LogProbs):
     """The student as forward(pack) -> [N, 2], nats: cross-entropy and divergence at each trained token.
 
-    teacher: its engine; None where pack["teacher"] has rows of the top-k table, [N, 2k + 1].
+    pack["teacher"] has what Teacher gave for the pack. teacher: its engine, None with --teacher_topk.
     """
 
     def __init__(self, model, teacher, vocab_size, args):
         super().__init__(model)
-        self.vocab_size, self.kd_loss, self.temperature = vocab_size, args.kd_loss, args.kd_temperature
-        self.teacher = [getattr(teacher, "module", teacher)]  # in a list: no part of the student
+        self.vocab_size, self.args = vocab_size, args
         if teacher is not None:
-            head = self.teacher[0].parts[1]
+            head = list(teacher.parts[1].parameters())  # weight, and a bias in some models
             # Under ZeRO-3 a whole copy: ranks run different numbers of chunks, and a gather needs them all.
-            with deepspeed.zero.GatheredParameters(list(head.parameters())):
-                whole = [p.detach().clone() if hasattr(p, "ds_id") else p.detach() for p in head.parameters()]
-            self.teacher_head = (whole + [None])[:2]  # weight, bias
+            with deepspeed.zero.GatheredParameters(head):
+                head = [p.detach().clone() if hasattr(p, "ds_id") else p.detach() for p in head]
+            self.teacher_head = (head + [None])[:2]
+            self.teacher_logits = teacher.logits  # the teacher itself would become a part of the student
 
     def chunk_distill(self, weight, bias, hidden, targets, teacher):
         """[C, 2] of hidden states [C, H], and of the teacher's or of its rows of the top-k table."""
         logits = self.logits(weight, bias, hidden)
         ce = F.cross_entropy(logits, targets, reduction="none")
-        logits = real_logits(logits, self.vocab_size, self.temperature)
-        if self.teacher[0] is None:
+        temperature = self.args.kd_temperature
+        logits = real_logits(logits, self.vocab_size, temperature)
+        if self.args.teacher_topk:
             k = teacher.shape[1] // 2
             log_p, ids = teacher.split([k + 1, k], 1)
             log_q = top_and_rest(logits, ids.long())
         else:
+            teacher_logits = self.teacher_logits(*self.teacher_head, teacher)
+            log_p = real_logits(teacher_logits, self.vocab_size, temperature).log_softmax(1)
             log_q = logits.log_softmax(1)
-            teacher_logits = self.teacher[0].logits(*self.teacher_head, teacher)
-            log_p = real_logits(teacher_logits, self.vocab_size, self.temperature).log_softmax(1)
-        kd = divergence(log_p, log_q, self.kd_loss, self.temperature)
+        kd = temperature**2 * divergence(log_p, log_q, self.args.kd_loss)
         return torch.stack([ce, kd], 1)
 
     def forward(self, pack):
-        if self.teacher[0] is not None:
-            with torch.no_grad():
-                teacher = self.teacher[0](pack | {"targets": None})
-        elif "teacher" in pack:
-            teacher = pack["teacher"]
-        else:  # check_attention has no rows of the table
+        if "teacher" not in pack:  # check_attention compares log-probs
             return super().forward(pack)
-        return self.in_chunks(self.chunk_distill, self.hidden(pack), pack["targets"], teacher)
+        return self.in_chunks(self.chunk_distill, self.hidden(pack), pack["targets"], pack["teacher"])
 
 
 # --- the loss and the step
 
 
-def divergence(log_p, log_q, kind, temperature):
-    """T^2 times the divergence of the kind, [C] in nats; sources: top of the file.
-
-    log_p (teacher), log_q (student): [C, V] log-probs at temperature T.
-    """
+def divergence(log_p, log_q, kind):
+    """[C] in nats, of log-probs [C, V] of teacher (p) and student (q); sources: top of the file."""
 
     def kl(log_a, log_b):
         return torch.linalg.vecdot(log_a.exp(), log_a - log_b)
@@ -658,23 +647,21 @@ def divergence(log_p, log_q, kind, temperature):
         return torch.logaddexp(log_p + math.log(share), log_q + math.log(1 - share))
 
     if kind == "forward_kl":
-        value = kl(log_p, log_q)
-    elif kind == "reverse_kl":
-        value = kl(log_q, log_p)
-    elif kind == "jsd":
+        return kl(log_p, log_q)
+    if kind == "reverse_kl":
+        return kl(log_q, log_p)
+    if kind == "jsd":
         middle = mix(0.5)
-        value = (kl(log_p, middle) + kl(log_q, middle)) / 2
-    else:
-        value = kl(log_p, mix(0.1))
-    return temperature**2 * value
+        return (kl(log_p, middle) + kl(log_q, middle)) / 2
+    return kl(log_p, mix(0.1))  # skew
 
 
-def kd_step(engine, examples, args, train=True):
+def kd_step(engine, teacher, examples, args, train=True):
     """Forward and backward over the examples of one optimiser step, in as many passes as it takes.
 
     Each pass adds its share of the loss, divided by the trained tokens of the whole step over all ranks.
-    With --teacher_topk each example has "teacher", its rows of the table. Returns metrics, the same on all
-    ranks.
+    teacher: None where each example has "teacher", its rows of the top-k table. Returns metrics, the same on
+    all ranks.
     """
     n_tokens = int(sum(example["n_trained"] for example in examples))
     max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
@@ -686,8 +673,11 @@ def kd_step(engine, examples, args, train=True):
         counts = 1.0 if len(members) else 0.0
         batch = [examples[j] for j in members] or examples[:1]
         pack = pack_rows(batch, engine.device)
-        if args.teacher_topk:
+        if teacher is None:
             pack["teacher"] = to_device(np.concatenate([x["teacher"] for x in batch]), engine.device)
+        else:
+            with torch.no_grad():
+                pack["teacher"] = teacher(pack | {"targets": None})
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             ce_loss, kd_loss = counts * engine(pack).sum(0) / n_tokens
@@ -854,10 +844,7 @@ def check_attention(engine, pack, alone, args):
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
-    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them.
-
-    offload: the shards stay in CPU memory.
-    """
+    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     if args.zero_stage < 3:
         engine = wrapper(load_model(path, args)).to(device).eval()
         engine.device = torch.device(device)  # as DeepSpeed's engines have it
@@ -871,73 +858,6 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
-
-
-class PerToken:
-    """Values of every trained token of a table's examples: per_token[example] -> [n_trained, ...]."""
-
-    def __init__(self, file, n_trained):
-        self.values = np.load(file, mmap_mode="r")
-        self.ends = np.cumsum(n_trained)
-
-    def __getitem__(self, example):
-        end = self.ends[example["index"]]
-        return self.values[end - example["n_trained"] : end]
-
-
-def cache_file(kind, decides, args):
-    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    file = Path(args.cache_dir, f"{kind}-{key}.npy")
-    found = [file.exists()]
-    dist.broadcast_object_list(found)
-    return file, found[0]
-
-
-@torch.no_grad()
-def write_values(file, engine, pack_of, lengths, n_trained, width, args):
-    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
-
-    pack_of(indices of examples) -> pack. Each rank writes the values of its share into one file, which
-    appears by rename: several nodes need a shared disk.
-    """
-    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
-    dist.broadcast_object_list(partial)
-    if dist.get_rank() == 0:
-        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
-    dist.barrier()
-    output = np.load(partial[0], mmap_mode="r+")
-    ends = np.cumsum(n_trained)
-    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
-    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
-    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
-        members = members if len(members) else np.array([0])  # as every pass is a collective
-        values = engine(pack_of(members)).float().cpu().numpy()
-        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
-            output[ends[i] - len(part) : ends[i]] = part
-    output.flush()
-    for p in engine.parameters():
-        if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-            p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        os.replace(partial[0], file)
-    dist.barrier()
-
-
-def same_vocabulary(tokenizer, args):
-    """Number of tokens that student and teacher share; stops where these are not the same ones."""
-    teacher = load_tokenizer(args.teacher_model, dataclasses.replace(args, apply_chat_template=False))
-    ours, theirs = tokenizer.get_vocab(), teacher.get_vocab()
-    for token in {**ours, **theirs}:
-        if ours.get(token) != theirs.get(token):
-            ids = f"{token!r} is {ours.get(token)} for the student, {theirs.get(token)} for the teacher"
-            die(f"--teacher_model {args.teacher_model}: another tokenizer: {ids}")
-    configs = map(transformers.AutoConfig.from_pretrained, (args.pretrain, args.teacher_model))
-    return min(max(ours.values()) + 1, *(config.get_text_config().vocab_size for config in configs))
-
-
 def check_rows(engine, args):
     """check_attention on two made-up rows."""
     two = [{"input_ids": np.arange(n) * 7 % 100, "trained": np.arange(n) > 4} for n in (17, 23)]
@@ -947,30 +867,51 @@ def check_rows(engine, args):
 
 def start_teacher(vocab_size, args, device):
     """The teacher's engine, frozen and checked."""
-    wrapper = functools.partial(Teacher, vocab_size=vocab_size, args=args)
-    engine = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
+    options = (args.teacher_model, args, device, args.teacher_offload)
+    engine = start_frozen(*options, lambda model: Teacher(model, vocab_size, args))
     check_rows(engine, args)
     return engine
 
 
+@torch.no_grad()
 def teacher_topk(table, vocab_size, args, device):
-    """PerToken of a table's examples with rows of --teacher_topk, [n_trained, 2k + 1]: see Teacher."""
+    """For each example of a table its rows of --teacher_topk, [n_trained, 2k + 1]: see Teacher.
+
+    They are computed once and kept in --cache_dir: each rank writes its share into one memory-mapped file,
+    which appears by rename.
+    """
     path, k = args.teacher_model, min(args.teacher_topk, vocab_size)
-    decides = [table._fingerprint, path, stamp(path), args.bf16, k, args.kd_temperature]
-    file, found = cache_file("topk", decides, args)
+    decides = json.dumps([table._fingerprint, path, stamp(path), args.bf16, k, args.kd_temperature])
+    file = Path(args.cache_dir, f"topk-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
     columns = table.with_format("numpy")
-    n_trained = columns["n_trained"][:]
-    if not found:
+    ends = np.cumsum(columns["n_trained"][:])
+    partial = ["" if file.exists() else f"{file}.{os.getpid()}"]  # another run may write the same
+    dist.broadcast_object_list(partial)
+    if partial[0]:
         engine = start_teacher(vocab_size, args, device)
-
-        def pack_of(indices):
-            return pack_rows(fetch(table, indices), device) | {"targets": None}
-
-        write_values(file, engine, pack_of, columns["length"][:], n_trained, (2 * k + 1,), args)
-    rows = PerToken(file, n_trained)
-    rest = np.exp(rows.values[:10_000, k]).mean()
-    note(f"top {k}  {file}: all other tokens hold {rest:.2%} of the teacher's probability")
-    return rows
+        if dist.get_rank() == 0:
+            np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(ends[-1]), 2 * k + 1))
+        dist.barrier()
+        output = np.load(partial[0], mmap_mode="r+")
+        rows = np.split(output, ends[:-1])
+        quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
+        # Without a gradient, more fits.
+        passes = split_step(columns["length"][:], 4 * args.micro_train_batch_size)
+        for members in tqdm.tqdm(passes, "teacher", disable=quiet):
+            batch = fetch(table, members if len(members) else [0])  # every pass is a collective
+            values = engine(pack_rows(batch, device) | {"targets": None}).cpu().numpy()
+            bounds = np.cumsum([example["n_trained"] for example in batch])[:-1]
+            for i, part in zip(members, np.split(values, bounds)):
+                rows[i][:] = part
+        output.flush()
+        for p in engine.parameters():
+            if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            os.replace(partial[0], file)
+        dist.barrier()
+    return np.split(np.load(file, mmap_mode="r"), ends[:-1])
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1139,7 +1080,8 @@ def main(args):
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kd (inputs)
-    vocab_size = same_vocabulary(tokenizer, args)
+    if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
+        die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
     inputs = {"pretrain": args.pretrain, "teacher_model": args.teacher_model, "dataset": args.dataset}
     # --- end algorithm
     identity = identify(args, inputs)
@@ -1162,21 +1104,22 @@ def main(args):
         return
 
     # --- algorithm: kd (model)
+    vocab_size = len(tokenizer)
     teacher, topk = None, {}
     if args.teacher_topk:
         for table in filter(len, (examples, held_out)):
-            topk[table._fingerprint] = teacher_topk(table, vocab_size, args, device)
+            topk[table] = teacher_topk(table, vocab_size, args, device)
     else:
         teacher = start_teacher(vocab_size, args, device)
-    wrapper = functools.partial(DistillLogProbs, teacher=teacher, vocab_size=vocab_size, args=args)
-    engine = start_engine(args, total_steps, wrapper)
+    engine = start_engine(args, total_steps, lambda model: DistillLogProbs(model, teacher, vocab_size, args))
     check_rows(engine, args)
 
     def take_step(table, indices, train=True):
         batch = fetch(table, indices)
-        for example in batch if topk else ():
-            example["teacher"] = topk[table._fingerprint][example]
-        return kd_step(engine, batch, args, train)
+        if args.teacher_topk:
+            for example in batch:
+                example["teacher"] = topk[table][example["index"]]
+        return kd_step(engine, teacher, batch, args, train)
 
     def order_of(epoch):
         return epoch_order(lengths, args.seed, epoch)

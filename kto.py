@@ -5,14 +5,13 @@ With r(y) = sum_t log pi(y_t) - log ref(y_t), the loss is the mean over the rows
     undesirable  w_U (1 - sigmoid(beta (z0 - r(y))))
     z0 = max(0, mean over the rows of r(y'))            y': the response of another row; no gradient
 --apo_zero_unpaired: w_D (1 - sigmoid(beta r)) and w_U sigmoid(beta r), without z0: Eq. 5 of arXiv:2408.06266.
-Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts are printed, with a weight that does it.
+Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts and this ratio are printed.
 
 Deviations from the usual trainer:
  1. z0 is one number per optimiser step, over its whole batch on all ranks. It costs a forward pass.
  2. y' is that of the next row with another prompt, in an order that --seed fixes once.
- 3. Both classes are spread evenly over the batches.
- 4. The reference's log-probs, of y' too, are computed before the policy is loaded, and kept in --cache_dir.
- 5. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
+ 3. The reference's log-probs, of y' too, are computed before the policy is loaded, and kept in --cache_dir.
+ 4. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
 
 A data row, one of (other columns: --input_key, --output_key, --label_key; a pair counts as two rows):
     {"prompt": "2+2?", "completion": "4", "label": true}     text or messages; label: true, 1, "True", ...
@@ -21,7 +20,6 @@ A data row, one of (other columns: --input_key, --output_key, --label_key; a pai
 Commands:
     python kto.py --pretrain MODEL --dataset rows.jsonl --save_path runs/kto           # one GPU, or a CPU
     deepspeed --num_gpus 8 kto.py --pretrain MODEL --dataset rows.jsonl --zero_stage 3 --packing_samples
-    python kto.py --pretrain runs/toy/toy/policy --dataset runs/pairs.jsonl --no-bf16   # README's smoke run
 """
 
 import collections
@@ -32,7 +30,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -308,56 +305,44 @@ def split_response(prompt, response, args):
     if prompt is not None:
         return prompt, response
     head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark:
-        raise ValueError(r"no prompt column, and no '\n\nAssistant:' in the response")
-    if not args.apply_chat_template:
-        return head + mark, answer
-    turns = re.split(r"\n\n(Human|Assistant):", response)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [], [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])]
+    if not mark or args.apply_chat_template:
+        raise ValueError("no prompt column (text as in hh-rlhf needs none, without --apply_chat_template)")
+    return head + mark, answer
 
 
 def read_label(value):
     """True or False from a row's label; nothing else is taken for one."""
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    if str(value).lower() not in words:
+    word = str(value).lower()
+    if word not in ("true", "1", "1.0", "false", "0", "0.0"):
         raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
-    return words[str(value).lower()]
+    return word in ("true", "1", "1.0")
 
 
 def choose_keys(row, args):
-    """(prompt column or None, response column, label column) of a row; a pair: (.., "chosen", "rejected")."""
-    prompts = ["prompt", "input", "instruction", "question"]
-    layouts = [(prompt, "chosen", "rejected") for prompt in [*prompts, None]]
-    for response in ("completion", "output", "response"):
-        layouts += [(prompt, response, args.label_key) for prompt in prompts]
-    layouts += [(None, "messages", args.label_key), (None, "conversations", args.label_key)]
-    if args.input_key and args.output_key:
-        layouts = [(args.input_key, args.output_key, args.label_key)]
-    elif args.input_key:
-        layouts = [(None, args.input_key, args.label_key)]
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    wanted = " and ".join(filter(None, [args.input_key, args.output_key])) or "of a known layout"
-    flags = "--input_key, --output_key, --label_key"
-    raise ValueError(f"no column {wanted}, or no {args.label_key!r} ({flags}) but {', '.join(row)}")
+    """(prompt column or None, response column) of a row; the response column of a pair is "chosen"."""
+    prompts = ("prompt", "input", "instruction", "question")
+    responses = ("chosen", "completion", "output", "response", "messages", "conversations")
+    prompt_key = args.input_key or next((key for key in prompts if key in row), None)
+    response_key = args.output_key or next((key for key in responses if key in row), None)
+    if args.input_key and not args.output_key:
+        prompt_key, response_key = None, args.input_key
+    if response_key not in row or prompt_key not in (None, *row):
+        raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
+    return prompt_key, response_key
 
 
 def encode_row(row, tokenizer, args):
     """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
-    prompt_key, *keys = choose_keys(row, args)
-    if keys == ["chosen", "rejected"]:
-        sides = [("chosen", "chosen_finish_reason", True), ("rejected", "rejected_finish_reason", False)]
-    else:
-        sides = [(keys[0], "finish_reason", read_label(row[args.label_key]))]
+    prompt_key, response_key = choose_keys(row, args)
+    sides = [("chosen", "chosen_finish_reason", True), ("rejected", "rejected_finish_reason", False)]
+    if response_key != "chosen":
+        sides = [(response_key, "finish_reason", read_label(row.get(args.label_key)))]
     examples = []
     for key, finish_key, desirable in sides:
         prompt, response = split_response(row.get(prompt_key), row[key], args)
         ids, trained = encode(prompt, response, tokenizer, args, row.get(finish_key))
-        prompt_hash = zlib.crc32(ids[: trained.argmax()].tobytes())
-        example = {"input_ids": ids, "trained": trained}
-        examples.append({**example, "desirable": desirable, "prompt_hash": prompt_hash})
+        example = {"input_ids": ids, "trained": trained, "desirable": desirable}
+        examples.append(example | {"prompt_hash": zlib.crc32(ids[~trained].tobytes())})
     return examples
 
 
@@ -605,50 +590,53 @@ def kto_loss(log_ratios, desirable, kl, args):
     return weight * torch.sigmoid(-sign * args.beta * (log_ratios - kl))  # 1 - sigmoid(x) = sigmoid(-x)
 
 
-def response_sums(engine, examples):
-    """(log-ratios, logps), [B] each: log pi - log ref and log pi of each response, in summed nats."""
-    per_token_logps = engine(pack_rows(examples, engine.device))
-    ref_logps = np.concatenate([example["ref_logps"] for example in examples])
-    log_ratios = per_token_logps - to_device(ref_logps, engine.device)
-    counts = [example["n_trained"] for example in examples]
-    return [torch.stack([part.sum() for part in x.split(counts)]) for x in (log_ratios, per_token_logps)]
+def response_logps(engine, examples):
+    """Log-probs [B] of the responses: sums, in nats."""
+    per_token_logps = engine(pack_rows(examples, engine.device)).double()  # small differences of large sums
+    sizes = [example["n_trained"] for example in examples]
+    return torch.stack([part.sum() for part in per_token_logps.split(sizes)])
 
 
 @torch.no_grad()
-def kto_z0(engine, mismatched, args):
+def kto_z0(engine, mismatched, ref_logps, args):
     """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
-    total = torch.zeros((), device=engine.device)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
     lengths = [example["length"] for example in mismatched]
     max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
     for members in split_step(lengths, args.micro_train_batch_size, max_tokens):
-        batch = [mismatched[j] for j in members] or mismatched[:1]
         weight = 1.0 if len(members) else 0.0
-        total += weight * response_sums(engine, batch)[0].sum()
+        members = members if len(members) else np.array([0])
+        logps = response_logps(engine, [mismatched[j] for j in members])
+        total += weight * (logps - to_device(ref_logps[members], engine.device)).sum()
     dist.all_reduce(total)
     return (total / len(mismatched)).clamp(min=0)
 
 
-def kto_step(engine, examples, mismatched, args, train=True):
+def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     """Forward and backward over the rows of one optimiser step, in as many passes as it takes.
 
     Each pass adds its share of the loss, a mean over the rows of the whole step on all ranks. mismatched: the
-    examples for z0, [] for APO-zero. Returns metrics, the same on all ranks.
+    examples for z0. ref_logps [B, 2]: the reference's, of both. Returns metrics, the same on all ranks.
     """
     n_good = sum(example["desirable"] for example in examples)
     counts = {"chosen": max(1, n_good), "rejected": max(1, len(examples) - n_good)}
     max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
-    z0 = kto_z0(engine, mismatched, args) if mismatched else torch.zeros((), device=engine.device)
+    z0 = torch.zeros((), device=engine.device)
+    if mismatched:
+        z0 = kto_z0(engine, mismatched, ref_logps[:, 1], args)
     totals = 0
     for i, members in enumerate(passes):
         # A rank without examples runs one that counts nothing, as every pass is a collective.
         weight = 1.0 if len(members) else 0.0
-        batch = [examples[j] for j in members] or examples[:1]
+        members = members if len(members) else np.array([0])
+        batch = [examples[j] for j in members]
         good = to_device(np.array([example["desirable"] for example in batch]), engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
-            log_ratios, logps = response_sums(engine, batch)
+            logps = response_logps(engine, batch)
+            log_ratios = logps - to_device(ref_logps[members, 0], engine.device)
             loss = kto_loss(log_ratios, good, z0, args).sum() / len(examples)
         if train:
             engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
@@ -661,15 +649,6 @@ def kto_step(engine, examples, mismatched, args, train=True):
     metrics = dict(zip([*shares, "kl"], torch.cat([totals, z0[None]]).tolist()))
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics | {"desirable": n_good / len(examples)}
-
-
-def check_first_loss(metrics, args):
-    """Stops unless the first loss is that of r = 0, but for rounding: the policy is still the reference."""
-    share = metrics["desirable"]
-    known = (args.desirable_loss_weight * share + args.undesirable_loss_weight * (1 - share)) / 2
-    if abs(metrics["loss"] - known) > (0.1 if args.bf16 else 1e-4) * known:
-        found = metrics["loss"]
-        die(f"step 1: the policy is the reference, so the loss must be {known:.7f}, but is {found:.7f}")
 
 
 # --- model and engine
@@ -826,10 +805,7 @@ def check_attention(engine, pack, alone, args):
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
-    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them.
-
-    offload: the shards stay in CPU memory.
-    """
+    """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     if args.zero_stage < 3:
         engine = wrapper(load_model(path, args)).to(device).eval()
         engine.device = torch.device(device)  # as DeepSpeed's engines have it
@@ -843,61 +819,6 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
     return engine
 
 
-# --- what frozen models give: computed once, kept in --cache_dir, memory-mapped
-
-
-class PerToken:
-    """Values of every trained token of a table's examples: per_token[example] -> [n_trained, ...]."""
-
-    def __init__(self, file, n_trained):
-        self.values = np.load(file, mmap_mode="r")
-        self.ends = np.cumsum(n_trained)
-
-    def __getitem__(self, example):
-        end = self.ends[example["index"]]
-        return self.values[end - example["n_trained"] : end]
-
-
-def cache_file(kind, decides, args):
-    """(file in --cache_dir for all that the list names, whether it is there), as rank 0 sees it."""
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    file = Path(args.cache_dir, f"{kind}-{key}.npy")
-    found = [file.exists()]
-    dist.broadcast_object_list(found)
-    return file, found[0]
-
-
-@torch.no_grad()
-def write_values(file, engine, pack_of, lengths, n_trained, width, args):
-    """Writes what the engine gives for all trained tokens, [sum of n_trained, *width], for PerToken to read.
-
-    pack_of(indices of examples) -> pack. Each rank writes the values of its share into one file, which
-    appears by rename: several nodes need a shared disk.
-    """
-    partial = [f"{file}.{os.getpid()}"]  # rank 0's: another run may write the same
-    dist.broadcast_object_list(partial)
-    if dist.get_rank() == 0:
-        np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(n_trained.sum()), *width))
-    dist.barrier()
-    output = np.load(partial[0], mmap_mode="r+")
-    ends = np.cumsum(n_trained)
-    passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
-    quiet = dist.get_rank() != 0 or not sys.stderr.isatty()
-    for members in tqdm.tqdm(passes, file.stem[:12], disable=quiet):
-        members = members if len(members) else np.array([0])  # as every pass is a collective
-        values = engine(pack_of(members)).float().cpu().numpy()
-        for i, part in zip(members, np.split(values, np.cumsum(n_trained[members])[:-1])):
-            output[ends[i] - len(part) : ends[i]] = part
-    output.flush()
-    for p in engine.parameters():
-        if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-            p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        os.replace(partial[0], file)
-    dist.barrier()
-
-
 def check_rows(engine, args):
     """check_attention on two made-up rows."""
     two = [{"input_ids": np.arange(n) * 7 % 100, "trained": np.arange(n) > 4} for n in (17, 23)]
@@ -908,79 +829,78 @@ def check_rows(engine, args):
 def choose_partners(prompts, seed):
     """[N], for each row the next one with another prompt, in a random order that the seed fixes.
 
-    prompts [N]: a number for each row's prompt. Where all have the same, the last row serves all.
+    prompts [N]: a number for each row's prompt. Where all have the same, it is the next row.
     """
     order = np.random.default_rng(seed).permutation(len(prompts))
+    following = np.roll(order, -1)
+    changes = np.flatnonzero(prompts[order] != prompts[following])  # places before another prompt
+    if not len(changes):
+        changes = np.arange(len(order))
+    next_change = np.searchsorted(changes, np.arange(len(order))) % len(changes)
     partners = np.empty_like(order)
-    partner = order[-1]
-    for place in reversed(range(2 * len(order))):  # twice around, as the last ones' partners come first
-        row, following = order[place % len(order)], order[(place + 1) % len(order)]
-        if prompts[row] != prompts[following]:
-            partner = following  # else the partner of the following row is this row's, too
-        partners[row] = partner
+    partners[order] = following[changes[next_change]]
     return partners
 
 
-class Rows:
-    """The N rows of a table by number and, as N to 2N - 1, the same prompts with their partners' responses.
+def fetch_rows(table, indices, partners, args):
+    """(examples of the rows, examples of their prompts with the partners' responses; [] for APO-zero)."""
+    examples, mismatched = fetch(table, indices), []
+    if args.apo_zero_unpaired:
+        return examples, mismatched
+    for example, partner in zip(examples, fetch(table, partners[indices])):
+        prompt = example["input_ids"][~example["trained"]]
+        response = partner["input_ids"][partner["trained"]]
+        ids = np.append(prompt, response)[: args.max_len]
+        trained = np.arange(len(ids)) >= len(prompt)
+        sizes = {"length": len(ids), "n_trained": len(ids) - len(prompt)}
+        mismatched.append({"input_ids": ids, "trained": trained, **sizes})
+    return examples, mismatched
 
-    Each has the reference's log-probs: see reference_rows. Without z0 there are no partners.
+
+@torch.no_grad()
+def reference_rows(table, partners, args, device):
+    """Log-probs [N, 2], sums in nats, under the reference: of each row's response, and of its partner's.
+
+    They are computed once and kept in --cache_dir.
     """
-
-    def __init__(self, table, args):
-        self.table, self.max_len, self.ref_logps = table, args.max_len, None
-        columns = table.with_format("numpy")
-        self.prompts = self.responses = np.arange(len(table))
-        if not args.apo_zero_unpaired:
-            partners = choose_partners(columns["prompt_hash"][:], args.seed)
-            self.prompts, self.responses = np.tile(self.prompts, 2), np.append(self.prompts, partners)
-        n_trained = columns["n_trained"][:]
-        n_prompt = (columns["length"][:] - n_trained)[self.prompts]
-        self.n_trained = np.minimum(n_trained[self.responses], args.max_len - n_prompt)
-        self.lengths = n_prompt + self.n_trained
-
-    def fetch(self, indices):
-        """Their examples, as fetch gives those of a table."""
-        examples = fetch(self.table, self.prompts[indices])
-        partners = fetch(self.table, self.responses[indices])
-        for i, example, partner in zip(indices, examples, partners):
-            n_prompt = example["length"] - example["n_trained"]
-            response = partner["input_ids"][partner["length"] - partner["n_trained"] :]
-            ids = np.concatenate([example["input_ids"][:n_prompt], response])[: self.max_len]
-            example |= {"index": i, "input_ids": ids, "trained": np.arange(len(ids)) >= n_prompt}
-            example |= {"length": len(ids), "n_trained": len(ids) - n_prompt}
-            if self.ref_logps:
-                example["ref_logps"] = self.ref_logps[example]
-        return examples
-
-
-def reference_rows(table, args, device):
-    """The Rows of a table, with the reference's log-probs."""
     path = args.ref_pretrain or args.pretrain
-    rows = Rows(table, args)
     decides = [table._fingerprint, args.apo_zero_unpaired, args.seed, path, stamp(path), args.bf16]
-    file, found = cache_file("logps", decides, args)
-    if not found:
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    file = Path(args.cache_dir, f"logps-{key}.npy")
+    found = [file.exists()]
+    dist.broadcast_object_list(found)
+    if not found[0]:
         engine = start_frozen(path, args, device, args.ref_offload)
         check_rows(engine, args)
-
-        def pack_of(indices):
-            return pack_rows(rows.fetch(indices), device)
-
-        write_values(file, engine, pack_of, rows.lengths, rows.n_trained, (), args)
-    rows.ref_logps = PerToken(file, rows.n_trained)
-    return rows
+        logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a row
+        lengths = table.with_format("numpy")["length"][:]
+        quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
+        passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+        for members in tqdm.tqdm(passes, "reference", disable=quiet):
+            rows = members if len(members) else np.array([0])  # every pass is a collective
+            for column, batch in enumerate(fetch_rows(table, rows, partners, args)):
+                if batch:
+                    values = response_logps(engine, batch)
+                    logps[to_device(members, device), column] = values[: len(members)]
+        dist.all_reduce(logps)  # those of other ranks are 0
+        for p in engine.parameters():
+            if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        if dist.get_rank() == 0:
+            partial = f"{file}.{os.getpid()}.npy"  # another run may write the same
+            np.save(partial, logps.cpu().numpy())
+            os.replace(partial, file)
+        dist.barrier()
+    return np.load(file, mmap_mode="r")
 
 
 def count_classes(desirable, args):
-    """Prints how many rows are desirable, and what Eq. 8 of arXiv:2402.01306 wants; stops without both."""
-    good, bad = int(desirable.sum()), int((~desirable).sum())
-    if not good or not bad:
-        die(f"{good} desirable and {bad} undesirable rows: KTO needs both")
-    share = args.desirable_loss_weight * good / (args.undesirable_loss_weight * bad)
-    weight = args.desirable_loss_weight * good / bad / 1.15
-    advice = "in" if 1 <= share <= 4 / 3 else f"--undesirable_loss_weight {weight:.3g} puts it in"
-    note(f"labels {good:,} desirable, {bad:,} not: w_D n_D / (w_U n_U) = {share:.2f}, {advice} [1, 4/3]")
+    """Prints how many rows are desirable, and the ratio of Eq. 8 of arXiv:2402.01306; stops without both."""
+    n_good, n_bad = int(desirable.sum()), int((~desirable).sum())
+    if not n_good or not n_bad:
+        die(f"{n_good} desirable and {n_bad} undesirable rows: KTO needs both")
+    ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
+    note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1123,14 +1043,6 @@ def epoch_order(lengths, seed, epoch):
     return order
 
 
-def balanced_order(order, desirable):
-    """The order with both classes spread evenly over it; the first of each class are its first two."""
-    place = np.empty(len(order))
-    for members in (order[desirable[order]], order[~desirable[order]]):
-        place[members] = np.arange(len(members)) / len(members)
-    return np.argsort(place, kind="stable")
-
-
 def mark_trained(ids, trained, tokenizer):
     """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
     edges = np.flatnonzero(np.diff(trained.astype(int))) + 1
@@ -1182,22 +1094,20 @@ def main(args):
         return
 
     # --- algorithm: kto (model)
-    desirable = columns["desirable"][:]
-    count_classes(desirable, args)
-    rows_of = {t._fingerprint: reference_rows(t, args, device) for t in (examples, held_out) if len(t)}
+    count_classes(columns["desirable"][:], args)
+    partners, references = {}, {}
+    for table in filter(len, (examples, held_out)):
+        partners[table] = choose_partners(table.with_format("numpy")["prompt_hash"][:], args.seed)
+        references[table] = reference_rows(table, partners[table], args, device)
     engine = start_engine(args, total_steps)
     check_rows(engine, args)
 
     def take_step(table, indices, train=True):
-        rows = rows_of[table._fingerprint]
-        mismatched = [] if args.apo_zero_unpaired else rows.fetch(indices + len(table))
-        metrics = kto_step(engine, rows.fetch(indices), mismatched, args, train)
-        if train and engine.global_steps == 0 and args.ref_pretrain in (None, args.pretrain):
-            check_first_loss(metrics, args)
-        return metrics
+        rows, mismatched = fetch_rows(table, indices, partners[table], args)
+        return kto_step(engine, rows, mismatched, references[table][indices], args, train)
 
     def order_of(epoch):
-        return balanced_order(epoch_order(lengths, args.seed, epoch), desirable)
+        return epoch_order(lengths, args.seed, epoch)
 
     shown = fetch(examples, [0])[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)

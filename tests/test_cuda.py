@@ -118,7 +118,8 @@ def make_table(script):
     """Two examples as the script keeps them; for dpo.py a prompt of 7 tokens and two responses."""
     n = np.array([23, 40])
     columns = {"input_ids": map(np.arange, n), "trained": [np.arange(i) >= 7 for i in n]}
-    columns |= {"ends": [[7, 15, i] for i in n], "length": n, "n_trained": n - 7, "n_chosen": [8, 8]}
+    columns |= {"ends": [[7, 15, i] for i in n], "length": n, "n_trained": n - 7}
+    columns["sizes"] = [[8, i - 15] for i in n]
     columns |= {"desirable": n > 30, "prompt_hash": n}
     columns = {name: list(columns.get(name, ["", ""])) for name in script.FEATURES}
     return script.datasets.Dataset.from_dict(columns, features=script.FEATURES)
@@ -126,7 +127,7 @@ def make_table(script):
 
 def run_step(script, name, args, table):
     """A step of the trainer: the host may wait for the GPU once, for the metrics."""
-    wrapper = script.LogProbs
+    wrapper, teacher = script.LogProbs, None
     if name == "kd":
         with fake, Watch():
             teacher = None if args.teacher_topk else script.start_teacher(90, args, GPU)
@@ -134,11 +135,12 @@ def run_step(script, name, args, table):
     engine = script.start_engine(args, 3, wrapper)
     examples = script.fetch(table, range(2))
     for example in examples:
-        example["ref_logps"] = np.zeros(example["n_trained"], np.float32)
         example["teacher"] = np.zeros((example["n_trained"], 11), np.float32)
-    batches = [examples, examples] if name == "kto" else [examples]  # the second for z0
+    ref_logps = np.zeros((2, 2))
+    inputs = {"sft": [examples], "dpo": [examples, ref_logps], "kto": [examples, examples, ref_logps]}
+    inputs["kd"] = [teacher, examples]
     with fake, Watch() as watch:
-        getattr(script, f"{name}_step")(engine, *batches, args)
+        getattr(script, f"{name}_step")(engine, *inputs[name], args)
     assert all(p.grad is not None for p in engine.parameters() if p.requires_grad)
     assert len(watch.lines) == 1, f"the step waits for the GPU, or mixes devices: {watch.lines}"
 
@@ -149,7 +151,7 @@ def run_frozen(script, name, args, table):
         if name == "kd":
             script.teacher_topk(table, 90, args, GPU)
         elif name == "kto":
-            script.reference_rows(table, args, GPU)
+            script.reference_rows(table, np.array([1, 0]), args, GPU)
         else:
             script.reference_logps(table, args, GPU)
     lines = {line for line in watch.lines if line.startswith(name)}

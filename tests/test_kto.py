@@ -64,6 +64,12 @@ def next_other(prompts, seed):
     return [partners[row] for row in range(len(order))]
 
 
+@pytest.mark.parametrize("prompts", [[0, 0, 1, 0, 2, 2, 1, 1, 0], [3, 3, 3], [0, 0, 0, 0, 1], [7]])
+def test_partner_is_the_next_row_with_another_prompt(prompts):
+    for seed in range(5):
+        assert kto.choose_partners(np.array(prompts), seed).tolist() == next_other(prompts, seed)
+
+
 def test_splits_give_the_same_steps(tiny, tmp_path):
     """Micro-batch, packing, ZeRO stage, checkpointing, 1 and 2 ranks: 3 steps, the last of 10 rows."""
     data, runs, configs = write_rows(tmp_path / "rows.jsonl", ROWS), {}, []

@@ -113,7 +113,7 @@ def run_ours(folder, args):
     spec = importlib.util.spec_from_file_location("script", REPO / "kto.py")
     script = sys.modules["script"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    reference_logps, reference = script.reference_logps, []
+    reference_logps, reference = script.reference_rows, []
 
     def timed(*inputs):
         started = time.perf_counter()
@@ -121,7 +121,7 @@ def run_ours(folder, args):
         reference.append(time.perf_counter() - started)
         return result
 
-    script.reference_logps = timed
+    script.reference_rows = timed
     paths = {"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", "cache_dir": "cache"}
     flags = {name: str(folder / path) for name, path in paths.items()}
     flags |= {"train_batch_size": args.batch, "micro_train_batch_size": args.micro_batch, "max_len": 1024}
