@@ -25,7 +25,6 @@ Commands:
 import collections
 import datetime
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -52,7 +51,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tqdm
 import tyro
-from torch import nn
+from torch.nn.attention import varlen  # FlashAttention
 from torch.utils.checkpoint import checkpoint
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read at import
@@ -136,7 +135,7 @@ class Args:
         if self.input_template and "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
-        if self.use_wandb and not importlib.util.find_spec("wandb"):
+        if self.use_wandb and not transformers.integrations.is_wandb_available():
             note("notice wandb is not installed: metrics are in metrics.jsonl only")
             self.use_wandb = None
 
@@ -159,8 +158,6 @@ FEATURES = Features(  # the columns of an encoded row
     reason=Value("string"),  # why it cannot be used
 )
 HARMLESS = ()  # reasons that --max_drop_ratio does not count
-# These cost a row, not the run.
-ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError)
 
 
 # --- rows and tokens
@@ -208,8 +205,6 @@ def load_tokenizer(path, args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
@@ -354,23 +349,21 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
             continue
         try:
             row = json.loads(row) if isinstance(row, str) else row
-            if not isinstance(row, dict):
-                raise ValueError("a row must be an object")
             examples = encode_row(row, tokenizer, args)
-            if max(max(example["input_ids"]) for example in examples) >= vocab_size:
+            if max(example["input_ids"].max() for example in examples) >= vocab_size:
                 raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
-        except ROW_ERRORS as e:  # leaving the generator it would arrive as no more than a traceback
+        except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as e:
             reason = str(e).partition("\n")[0][:200] or type(e).__name__
             examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
         for example in examples:
             example |= {"where": f"{name}:{i + 1}", "reason": reason}
-            example |= {"length": len(example["input_ids"]), "n_trained": int(sum(example["trained"]))}
+            example |= {"length": len(example["input_ids"]), "n_trained": int(np.sum(example["trained"]))}
             yield example
 
 
-def stamp(path):
-    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them."""
-    path = Path(path)
+def stamp(name):
+    """[file, size, mtime] of all files of a local model or dataset: tells it apart without reading it."""
+    path = Path(name.partition("@")[0])
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
@@ -383,9 +376,11 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
+    if n == 0:
+        die(f"dataset {name!r} has no rows")
     # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
-    source = [name, split, stamp(name.partition("@")[0]), getattr(rows, "_fingerprint", None)]
+    source = [name, split, stamp(name), getattr(rows, "_fingerprint", None)]
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
@@ -406,7 +401,7 @@ def encode_table(name, split, tokenizer, vocab_size, args):
         note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
     n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
     if n_faulty > args.max_drop_ratio * n or not usable.any():
-        cause = [*dropped["where"], name][0] + ": " + [*dropped["reason"], "no rows"][0]
+        cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
         die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
     return table.select(np.flatnonzero(usable))
 
@@ -448,13 +443,11 @@ def split_step(lengths, max_examples, max_tokens=None):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
     order = np.argsort(-lengths, kind="stable")
-    n = world_size
-    while True:
+    for n in itertools.count(world_size, world_size):  # passes, over all ranks
         fullest = order[::n]  # the longest of each round
         fits = len(fullest) <= max_examples if max_tokens is None else lengths[fullest].sum() <= max_tokens
         if fits or len(fullest) == 1:
             return [order[i::n] for i in range(rank, n, world_size)]
-        n += world_size
 
 
 def to_device(array, device):
@@ -519,18 +512,16 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
         key, value = key.index_select(2, segments["keys"]), value.index_select(2, segments["keys"])
     n_q, n_k, size = segments["n_q"], segments["n_k"], query.shape[3]
     if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
-        from torch.nn.attention.varlen import varlen_attn  # FlashAttention, in one call
-
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
         options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}
-        out = varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
+        out = varlen.varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
         return out[None, :, :, : value.shape[3]], None
     parts = zip(query.split(n_q, 2), key.split(n_k, 2), value.split(n_k, 2))
     return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
 
 
-class LogProbs(nn.Module):
+class LogProbs(torch.nn.Module):
     """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
 
     Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
@@ -662,7 +653,7 @@ def setup(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if rank != 0 or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
@@ -692,8 +683,7 @@ def connect(device, args):
         if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
-    backend = "gloo" if device == "cpu" else "nccl"
-    deepspeed.init_distributed(backend, verbose=False, timeout=datetime.timedelta(hours=2))
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
 
 
 def deepspeed_config(path, args):
@@ -704,22 +694,17 @@ def deepspeed_config(path, args):
         "reduce_bucket_size": 50_000_000,
         "overlap_comm": torch.cuda.is_available(),
         "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
-        "stage3_prefetch_bucket_size": 50_000_000,
         "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
+        "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
     }
-    if args.adam_offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # the step says which backward pass is its last
+        "train_micro_batch_size_per_gpu": 1,  # in name: the step says which backward pass is its last
         "gradient_clipping": args.max_norm,
         "bf16": {"enabled": args.bf16},
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
     }
 
 
@@ -727,12 +712,7 @@ def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as e:
-        die(f"model {path!r}: {str(e).splitlines()[0]}")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -766,16 +746,12 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     if args.lora_rank:
         add_lora(model, args)
     if args.gradient_checkpointing:
-        model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    matrices, vectors = [], []
-    for p in model.parameters():
-        if p.requires_grad:
-            is_matrix = len(getattr(p, "ds_shape", p.shape)) > 1  # ds_shape: under ZeRO-3
-            (matrices if is_matrix else vectors).append(p)
-    groups = [{"params": matrices, "weight_decay": args.l2}]
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]  # ds_shape: under ZeRO-3
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]  # none with LoRA
+    groups = [{"params": matrices, "weight_decay": args.l2}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=args.adam_betas, fused=True)
     min_lr = {"min_lr_rate": args.min_lr_ratio} if args.lr_scheduler == "cosine_with_min_lr" else None
     warmup = math.ceil(args.lr_warmup_ratio * total_steps)
@@ -790,13 +766,10 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 def check_attention(engine, pack, alone, args):
     """Stops unless a pack gets the log-probs that eager attention gives its sequences alone (packs, too)."""
     wrapper = getattr(engine, "module", engine)
-    training = wrapper.training
-    engine.eval()
-    found = wrapper(pack)
+    found = wrapper(pack)  # with dropout of LoRA, too: a new adapter adds nothing yet
     wrapper.model.set_attn_implementation("eager")
     expected = torch.cat([wrapper(pack) for pack in alone])
     wrapper.model.set_attn_implementation("packed")
-    engine.train(training)
     # In bf16 rounding alone makes up to 0.2 in a deep model; a wrong mask makes 0.6 or more.
     worst = (found - expected).abs().mean().item()
     if not worst < (0.3 if args.bf16 else 1e-4):
@@ -913,8 +886,7 @@ def identify(args, inputs):
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
     for flag, names in inputs.items():
         if Path(names).resolve() != Path(args.save_path).resolve():  # else the run itself will change it
-            files = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
-            identity[f"files of {flag}"] = files
+            identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
@@ -923,14 +895,12 @@ def difference(folder, identity):
     path = Path(folder, "args.json")
     record = json.loads(path.read_text()) if path.exists() else {}
     changed = [key for key, value in identity.items() if record.get(key) != value]
-    if not changed:
-        return ""
-    return f"{', '.join(changed)} changed. If that is harmless, edit {path}"
+    return f"{', '.join(changed)} changed. If that is harmless, edit {path}" if changed else ""
 
 
 def checkpoints(args):
     """Folders of all complete checkpoints, newest first."""
-    folders = [path for path in Path(args.ckpt_path).glob("step_*") if path.name[5:].isdigit()]
+    folders = Path(args.ckpt_path).glob("step_*[0-9]")  # no step_N.partial
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -957,7 +927,6 @@ def open_run(args, identity):
     changed = difference(target, identity)
     if not changed:
         shutil.rmtree(args.ckpt_path, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
     in_place = target.resolve() == Path(args.pretrain).resolve()
@@ -1011,8 +980,10 @@ def save_model(engine, tokenizer, args, identity):
     dist.barrier()
 
 
-def open_log(args, start_step):
-    """A function (step, metrics) that appends to metrics.jsonl, once lines after start_step are dropped."""
+def open_log(args, start_step, total_steps):
+    """A function (step, metrics, seconds_left) that logs, on rank 0; lines after start_step are dropped."""
+    if dist.get_rank() > 0:
+        return lambda *numbers: None
     path = Path(f"{args.save_path}.partial/metrics.jsonl")
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
@@ -1022,13 +993,14 @@ def open_log(args, start_step):
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
         wandb.init()
 
-    def log(step, metrics):
+    def report(step, metrics, seconds_left=0):
         with open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if args.use_wandb:
             wandb.log(metrics, step=step)
+        note(console_line(step, total_steps, metrics, seconds_left))
 
-    return log
+    return report
 
 
 # --- console and main
@@ -1120,12 +1092,7 @@ def main(args):
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
-    log = open_log(args, start_step) if rank == 0 else None
-
-    def report(step, metrics, seconds_left=0):
-        if rank == 0:
-            log(step, metrics)
-            note(console_line(step, total_steps, metrics, seconds_left))
+    report = open_log(args, start_step, total_steps)
 
     def evaluate():
         engine.eval()
@@ -1136,7 +1103,6 @@ def main(args):
     if held_out and start_step == 0:
         report(0, evaluate())
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
-    seconds = 0.0
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
         if place == 0 or step == start_step + 1:
@@ -1151,19 +1117,16 @@ def main(args):
         if not all(map(math.isfinite, metrics.values())):
             die(f"step {step} is not finite: {metrics}; its first row is {examples[batch[0]]['where']}")
         took = time.time() - began
-        seconds += took
         metrics["tokens_per_sec"] = lengths[batch].sum().item() / took
         metrics["samples_per_sec"] = len(batch) / took
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if device != "cpu":
-            peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["peak_mem_gib"] = peak / 2**30
         ends = step == total_steps
         evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
         if evaluates:
             metrics |= evaluate()
         if evaluates or ends or step % args.logging_steps == 0:
-            report(step, metrics, seconds / (step - start_step) * (total_steps - step))
+            report(step, metrics, took * (total_steps - step))
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)
@@ -1174,10 +1137,8 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__, use_underscores=True))
     except torch.OutOfMemoryError as e:
-        die(f"out of GPU memory: lower --micro_train_batch_size, add --gradient_checkpointing. {e}")
-    sys.stdout.flush()
+        sys.exit(f"out of GPU memory: lower --micro_train_batch_size, add --gradient_checkpointing. {e}")
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     os._exit(0)  # skips exit handlers: in some finished DeepSpeed runs they abort
