@@ -846,7 +846,7 @@ def start_teacher(vocab_size, args, device):
 
 @torch.no_grad()
 def teacher_topk(table, vocab_size, args, device):
-    """For each example of a table its rows of --teacher_topk, [n_trained, 2k + 1]: see Teacher.
+    """A function: an example of the table -> its rows of --teacher_topk, [n_trained, 2k + 1]: see Teacher.
 
     They are computed once and kept in --cache_dir: each rank writes its share into one memory-mapped file,
     which appears by rename.
@@ -864,7 +864,6 @@ def teacher_topk(table, vocab_size, args, device):
             np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(ends[-1]), 2 * k + 1))
         dist.barrier()
         output = np.load(partial[0], mmap_mode="r+")
-        rows = np.split(output, ends[:-1])
         quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
         # Without a gradient, more fits.
         passes = split_step(columns["length"][:], 4 * args.micro_train_batch_size)
@@ -873,7 +872,7 @@ def teacher_topk(table, vocab_size, args, device):
             values = engine(pack_rows(batch, device) | {"targets": None}).cpu().numpy()
             bounds = np.cumsum([example["n_trained"] for example in batch])[:-1]
             for i, part in zip(members, np.split(values, bounds)):
-                rows[i][:] = part
+                output[ends[i] - len(part) : ends[i]] = part
         output.flush()
         for p in engine.parameters():
             if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
@@ -882,7 +881,13 @@ def teacher_topk(table, vocab_size, args, device):
         if dist.get_rank() == 0:
             os.replace(partial[0], file)
         dist.barrier()
-    return np.split(np.load(file, mmap_mode="r"), ends[:-1])
+    table_rows = np.load(file, mmap_mode="r")
+
+    def rows_of(example):
+        end = ends[example["index"]]
+        return table_rows[end - example["n_trained"] : end]
+
+    return rows_of
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1088,7 +1093,7 @@ def main(args):
         batch = fetch(table, indices)
         if args.teacher_topk:
             for example in batch:
-                example["teacher"] = topk[table][example["index"]]
+                example["teacher"] = topk[table](example)
         return kd_step(engine, teacher, batch, args, train)
 
     def order_of(epoch):
