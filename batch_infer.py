@@ -7,8 +7,7 @@ Rows are JSON lines; a stage keeps the columns it finds. sft.py and dpo.py know 
 id: the row's index in --dataset. input: what the model saw, with template and BOS; messages too, where the
 prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or not ("length").
 
- 1. Results reach the disk as they come. Killed at any moment, the same command does the rest. The output
-    appears by rename, beside it <output_path>.meta.json: what made it.
+ 1. Results reach the disk as they come: killed at any moment, the same command does the rest.
  2. A prompt is read once for all its samples, in generating and in scoring. Nothing is cut to fit.
  3. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
     --apply_chat_template messages in its own template. Hugging Face heads look at the last token that is no
@@ -19,8 +18,6 @@ prompt was messages. output has no EOS: finish_reason says whether it came ("sto
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
     deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl \\
         --post_processor rs --output_path best.jsonl
-    python batch_infer.py --eval_task generate --pretrain runs/toy/toy/policy --no-bf16 --prompt_max_len 64 \\
-        --dataset runs/toy/toy/prompts.jsonl --max_new_tokens 64 --output_path g.jsonl      # a smoke run
 """
 
 import collections
@@ -36,6 +33,7 @@ import json
 import math
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -304,11 +302,9 @@ def conditioned(prompt, reward, args):
     if isinstance(prompt, str):
         return template.replace("{input}", prompt)
     messages = [dict(message) for message in prompt]
-    for message in reversed(messages):
-        if message["role"] == "user":
-            message["content"] = template.replace("{input}", message["content"])
-            return messages
-    raise ValueError("no user turn for --reward_template")
+    users = [message for message in messages if message["role"] == "user"] or messages
+    users[-1]["content"] = template.replace("{input}", users[-1]["content"])
+    return messages
 
 
 def render_prompt(prompt, tokenizer, args):
@@ -328,30 +324,8 @@ def render_prompt(prompt, tokenizer, args):
     return text, ids
 
 
-def make_samples(index, row, key, tokenizer, args):
-    """The Items of a prompt, one per sample; their rows lack what the samples will give."""
-    value, _ = read_pair(row, (key, None))
-    messages = as_messages(value, "user")
-    while messages[-1]["role"] == "assistant":  # of a conversation: the model answers itself
-        messages.pop()
-    prompt, fields = messages, {"messages": messages}
-    if not (args.apply_chat_template or isinstance(value, list)):
-        prompt = messages[0]["content"]
-        fields = {"prompt": prompt} if args.input_template else {}
-    asked = prompt
-    if args.csft_prompt is not None:
-        asked = conditioned(prompt, args.csft_prompt, args)
-        fields["plain_input"], _ = render_prompt(prompt, tokenizer, args)
-    text, ids = render_prompt(asked, tokenizer, args)
-    if len(ids) > args.prompt_max_len:
-        raise ValueError(f"longer than --prompt_max_len {args.prompt_max_len}")
-    fields |= {name: row[name] for name in row if name not in (key, *OUR_COLUMNS)}
-    sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
-    return [Item((index, k), ids, [], {"id": index, "sample": k, **sample}) for k in range(args.best_of_n)]
-
-
 def sampling_items(rows, keys, tokenizer, config, args):
-    """The Items of the prompts of this iteration."""
+    """The Items of this iteration: the samples of its prompts, with rows that lack what will be sampled."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
     if args.prompt_max_len + args.max_new_tokens > limit:
         lengths = f"--prompt_max_len {args.prompt_max_len} + --max_new_tokens {args.max_new_tokens}"
@@ -359,8 +333,30 @@ def sampling_items(rows, keys, tokenizer, config, args):
     if args.iter is not None:
         ids, first = list(rows), args.iter * args.rollout_batch_size
         n = min(args.rollout_batch_size, len(ids))
-        rows = {i: rows[i] for i in (ids[k % len(ids)] for k in range(first, first + n))}
-    return collect(rows, lambda i, row: make_samples(i, row, keys[0], tokenizer, args), args)
+        wanted = [ids[k % len(ids)] for k in range(first, first + n)]
+        rows = {i: rows[i] for i in wanted}
+
+    def make(i, row):
+        value, _ = read_pair(row, (keys[0], None))
+        messages = as_messages(value, "user")
+        while messages[-1]["role"] == "assistant":  # of a conversation: the model answers itself
+            messages.pop()
+        prompt, fields = messages, {"messages": messages}
+        if not (args.apply_chat_template or isinstance(value, list)):
+            prompt = messages[0]["content"]
+            fields = {"prompt": prompt} if args.input_template else {}
+        asked = prompt
+        if args.csft_prompt is not None:
+            asked = conditioned(prompt, args.csft_prompt, args)
+            fields["plain_input"], _ = render_prompt(prompt, tokenizer, args)
+        text, ids = render_prompt(asked, tokenizer, args)
+        if len(ids) > args.prompt_max_len:
+            raise ValueError(f"longer than --prompt_max_len {args.prompt_max_len}")
+        fields |= {name: row[name] for name in row if name not in (keys[0], *OUR_COLUMNS)}
+        sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
+        return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
+
+    return collect(rows, make, args)
 
 
 def row_texts(row, keys, chat):
@@ -561,7 +557,7 @@ def generate(batches, tokenizer, args, device):
 
 
 def start_vllm(args):
-    """vLLM's engine; where it does not start, its own message stays on the console."""
+    """vLLM's engine."""
     length = args.prompt_max_len + args.max_new_tokens
     settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": length}
     settings |= {"tensor_parallel_size": args.tp_size, "gpu_memory_utilization": args.gpu_memory_utilization}
@@ -577,13 +573,9 @@ def start_vllm(args):
         settings |= {"enforce_eager": True, "block_size": 32}  # samples share whole blocks of a prompt
         # Half a prompt in a step would end a seeded request: "CPU Generator does not use offset".
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}
-    try:
-        from vllm import LLM
+    from vllm import LLM
 
-        return LLM(args.pretrain, **settings).llm_engine
-    except Exception:
-        note("error: vLLM does not start, see below; --eval_task generate uses Hugging Face instead")
-        raise
+    return LLM(args.pretrain, **settings).llm_engine
 
 
 def generate_vllm(batches, tokenizer, args, device):
@@ -655,9 +647,8 @@ def hidden_states(body, batch, device):
         mask = torch.cat([mask[owners], response_mask], 1)
         options = {"past_key_values": cache}
     position_ids = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-    hidden = body(
-        ids, attention_mask=mask, position_ids=position_ids, **options
-    ).last_hidden_state  # [B, T, H]
+    output = body(ids, attention_mask=mask, position_ids=position_ids, **options)
+    hidden = output.last_hidden_state  # [B, T, H]
     ends = [len(row) for row in rows]
     return [states[end - len(item.response) : end] for item, states, end in zip(batch, hidden, ends)]
 
@@ -673,45 +664,32 @@ def score(batches, tokenizer, args, device):
             yield item.key, {"reward": reward if math.isfinite(reward) else None}
 
 
-def token_logps(model, hidden, targets):
-    """Log-probs [N] of the targets that hidden states [N, H] predict. The head runs in chunks: no [N, V]."""
+@torch.inference_mode()
+def measure(batches, tokenizer, args, device):
+    """Log-probs of the responses under a policy. The head runs in chunks: logits [R, V] would not fit."""
+    model = load_policy(args, device)
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    rows = max(16, 2**26 // head.weight.shape[0])
-    logps = []
-    for states, tokens in zip(hidden.split(rows), targets.split(rows)):
-        logits = head(states).float() * scale
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        logps.append(-F.cross_entropy(logits, tokens, reduction="none"))
-    return torch.cat(logps)
-
-
-@torch.inference_mode()
-def measure(batches, tokenizer, args, device):
-    """Log-probs of the responses under a policy."""
-    model = load_policy(args, device)
+    size = max(16, 2**26 // head.weight.shape[0])
     for batch in batches:
         for item, states in zip(batch, hidden_states(model.base_model, batch, device)):
             targets = torch.tensor(item.response[1:], device=device)
-            logps = token_logps(model, states[:-1], targets)
-            yield item.key, {"logps": logps.sum().item(), "tokens": len(logps)}
-
-
-# --- reward functions
+            logps = 0.0
+            for chunk, tokens in zip(states[:-1].split(size), targets.split(size)):
+                logits = head(chunk).float() * scale
+                if softcap:
+                    logits = softcap * torch.tanh(logits / softcap)
+                logps -= F.cross_entropy(logits, tokens, reduction="sum").item()
+            yield item.key, {"logps": logps, "tokens": len(targets)}
 
 
 def load_reward(spec):
     """The function of a Python file that --reward_fn FILE.py:NAME names."""
     path, _, name = spec.rpartition(":")
+    sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
     try:
-        module_spec = importlib.util.spec_from_file_location("reward_file", path)
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules["reward_file"] = module  # dataclasses look their module up by name
-        sys.path.insert(0, str(Path(path).resolve().parent))
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name)
+        function = runpy.run_path(path)[name]
         inspect.signature(function).bind("prompt", "response", {})
     except Exception as e:  # the file is the user's: anything may be wrong with it
         form = "FILE.py:NAME, a function of (prompt, response, row)"
@@ -732,10 +710,10 @@ def call_reward(items, function, parent, seconds):
             if not math.isfinite(result["reward"]):
                 raise ValueError(f"the reward is {result['reward']}")
         except KeyboardInterrupt:
-            result = {"reward": None, "error": f"no answer in {seconds:g} s"}
+            result = {"reward": None, "reward_error": f"no answer in {seconds:g} s"}
         except (Exception, SystemExit) as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno
-            result = {"reward": None, "error": f"{type(e).__name__}: {e} (line {line})"}
+            result = {"reward": None, "reward_error": f"{type(e).__name__}: {e} (line {line})"}
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         yield item.key, result
@@ -745,7 +723,7 @@ def call_rewards(items, folder, function, args):
     """Calls a reward function in a process per core. One that hangs, or ends its process, gives null."""
     fork = multiprocessing.get_context("fork")  # the file is loaded; no GPU or thread is in use yet
     rank, n_workers = os.environ["RANK"], torch.get_num_threads()
-    lost = {"reward": None, "error": "the call hung, or ended its process"}
+    lost = {"reward": None, "reward_error": "the call hung, or ended its process"}
     while items:
         shares = [items[k::n_workers] for k in range(n_workers)]
         workers = []
@@ -757,12 +735,11 @@ def call_rewards(items, folder, function, args):
         for worker in workers:
             worker.join()
         done = read_results(folder)
-        killers, items = [], []
-        for share in shares:
+        items = []
+        for k, share in enumerate(shares):
             left = [item for item in share if item.key not in done]
-            killers += left[:1]
+            write_results(folder / f"{rank}_{k}.jsonl", [(item.key, lost) for item in left[:1]], 1)
             items += left[1:]
-        write_results(folder / f"{rank}_lost.jsonl", [(item.key, lost) for item in killers], len(killers))
 
 
 # --- files
@@ -804,6 +781,10 @@ def open_stage(args, identity):
     if os.path.exists(args.output_path):
         changed = [name for name, value in identity.items() if record["identity"].get(name) != value]
         note(f"notice {args.output_path} will be replaced: other {', '.join(changed) or 'content'}")
+    inputs = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
+    for path in outputs(args):
+        if os.path.isdir(path) or os.path.realpath(path) in inputs:
+            die(f"{path} cannot be written: it is a folder, or our input")
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(f"{args.output_path}.partial", command)
     try:
@@ -864,28 +845,21 @@ def write_atomic(path, lines):
     os.replace(f"{path}.tmp", path)
 
 
-def finish_rows(rows, found, args):
-    """The rows, {key: row}, with what was found."""
-    errors = collections.Counter(result["error"] for result in found.values() if "error" in result)
+def write_outputs(rows, keys, folder, identity, args):
+    """Writes the outputs and, behind them, what made them; then the parts go. rows: {key of an Item: row}."""
+    found = read_results(folder)
+    nothing = {"logps": None, "tokens": None} if args.eval_task == "logps" else {"reward": None}
+    rows = [row | found.get(key, nothing) for key, row in rows.items()]
+    errors = collections.Counter(row.pop("reward_error") for row in rows if "reward_error" in row)
     for error, n in errors.most_common(5):
         note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
-    nothing = {"logps": None, "tokens": None} if args.eval_task == "logps" else {"reward": None}
-    finished = []
-    for key, row in rows.items():
-        result = found.get(key, nothing)
-        finished.append(row | {name: value for name, value in result.items() if name != "error"})
-    if errors and all(row["reward"] is None for row in finished):
+    if errors and all(row["reward"] is None for row in rows):
         shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
-        die(f"--reward_fn {args.reward_fn} failed on every row: {error}")
-    return finished
-
-
-def write_outputs(rows, keys, identity, args):
-    """Writes the outputs and, behind them, what made them; then the parts go."""
-    choose = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}.get(
-        args.post_processor
-    )
-    selected = choose(rows, keys, args) if choose else rows
+        die(f"--reward_fn {args.reward_fn} failed on every row: {next(iter(errors))}")
+    processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
+    selected = rows
+    if args.post_processor != "null":
+        selected = processors[args.post_processor](rows, keys, args)
     for path, result in zip(outputs(args), (selected, rows)):
         write_atomic(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in result))
     summary = {"rows": len(rows), "selected": len(selected)}
@@ -920,20 +894,17 @@ def by_prompt(rows, keys):
 
 def best_samples(rows, keys, args):
     """Rejection sampling: of each prompt the rs_top_k rows of highest reward; the first wins ties."""
-    groups, kept = by_prompt(rows, keys), []
-    for group in groups:
+    kept = []
+    for group in by_prompt(rows, keys):
         best = sorted(group, key=lambda row: -row["reward"])[: args.rs_top_k]
         kept += [row for row in best if args.min_reward is None or row["reward"] >= args.min_reward]
-    note(f"best   {len(kept):,} of {len(rows):,} rows, of {len(groups):,} prompts")
     return kept
 
 
 def best_and_worst(rows, keys, args):
     """Iterative DPO: of each prompt the rows of highest and lowest reward, as a pair for dpo.py."""
-    if keys[1] is None:
-        die("--post_processor iter_dpo needs a column of responses, not whole conversations")
-    groups, pairs = by_prompt(rows, keys), []
-    for group in groups:
+    pairs = []
+    for group in by_prompt(rows, keys):
         best = max(group, key=lambda row: row["reward"])
         worst = min(group, key=lambda row: row["reward"])
         margin = best["reward"] - worst["reward"]
@@ -944,7 +915,6 @@ def best_and_worst(rows, keys, args):
             pair |= {side: row[keys[1]], f"{side}_reward": row["reward"]}
             pair[f"{side}_finish_reason"] = row.get("finish_reason")
         pairs.append(pair)
-    note(f"pairs  {len(pairs):,} of {len(groups):,} prompts; the others lack rewards that differ")
     return pairs
 
 
@@ -953,9 +923,9 @@ def conditional_rows(rows, keys, args):
     mean, std = reward_statistics(rows) if args.normalize_reward else (0.0, 1.0)
     made = []
     for row in rows:
-        if row["reward"] is None:
-            continue
-        is_ours = "finish_reason" in row
+        is_ours, cut = "finish_reason" in row, row.get("finish_reason") == "length"
+        if row["reward"] is None or (cut and "messages" in row):
+            continue  # a chat template would end what was cut
         prompt, response = row_texts(row, keys, args.apply_chat_template or is_ours)
         reward = (row["reward"] - mean) / (std or 1.0)
         if isinstance(prompt, list):
@@ -967,7 +937,6 @@ def conditional_rows(rows, keys, args):
             pair = {"input": prompt.replace(user, conditioned(user, reward, args)), "output": response}
         kept = {name: row[name] for name in ("id", "sample", "finish_reason", "reward") if name in row}
         made.append(kept | pair)
-    note(f"csft   {len(made):,} of {len(rows):,} rows; the others have no reward")
     return made
 
 
@@ -996,12 +965,14 @@ def main(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
     device = find_device(args)
     function = load_reward(args.reward_fn) if args.reward_fn else None
     rows = load_rows(args)
     keys = choose_keys(next(iter(rows.values())), args)
+    if args.post_processor == "iter_dpo" and keys[1] is None:
+        die("--post_processor iter_dpo needs a column of responses, not whole conversations")
     tokenizer = config = None
     if not function:
         tokenizer = load_tokenizer(args.pretrain, args)
@@ -1030,7 +1001,7 @@ def main(args):
             rows = {(i, 0): row for i, row in rows.items()}
         else:
             rows = {item.key: item.row for item in items}
-        write_outputs(finish_rows(rows, read_results(folder), args), keys, identity, args)
+        write_outputs(rows, keys, folder, identity, args)
 
 
 if __name__ == "__mp_main__":  # a process of vLLM's
