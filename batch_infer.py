@@ -16,8 +16,8 @@ prompt was messages. output has no EOS: finish_reason says whether it came ("sto
     as in prompts of --csft_prompt; the samples of such prompts are scored as answers to the plain prompt.
 
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
-    deepspeed --num_gpus 8 batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl \\
-        --post_processor rs --output_path best.jsonl
+    deepspeed batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl --post_processor rs \\
+        --output_path best.jsonl
 """
 
 import collections
@@ -27,7 +27,6 @@ import datetime
 import faulthandler
 import hashlib
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -60,8 +59,7 @@ class Args:
     # generate_vllm, generate: sample with vLLM or Hugging Face; rm: rewards; logps: log-probs under a policy
     eval_task: Literal["generate_vllm", "generate", "rm", "logps"]
     output_path: str  # the .jsonl to write
-    # rows: comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)
-    dataset: str
+    dataset: str  # comma list of .jsonl, .json, .csv, .parquet, .arrow files, folders, hub names NAME@SUBSET
     pretrain: str = ""  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights; --no-bf16: fp32
     tokenizer_chat_template: str | None = None  # Jinja text in place of the model's own template
@@ -289,8 +287,6 @@ def tokenize(text, tokenizer, add_bos):
     ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
     while ids and ends[-1] == 0:  # the EOS that some tokenizers append
         ids, ends = ids[:-1], ends[:-1]
-    if not ids:
-        raise ValueError("empty text")
     if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text brought its own
         ids, ends = ids[1:], ends[1:]
     return ids, ends
@@ -332,9 +328,8 @@ def sampling_items(rows, keys, tokenizer, config, args):
         die(f"{lengths} is more than the model's {limit} positions")
     if args.iter is not None:
         ids, first = list(rows), args.iter * args.rollout_batch_size
-        n = min(args.rollout_batch_size, len(ids))
-        wanted = [ids[k % len(ids)] for k in range(first, first + n)]
-        rows = {i: rows[i] for i in wanted}
+        wanted = [ids[k % len(ids)] for k in range(first, first + args.rollout_batch_size)]
+        rows = {i: rows[i] for i in wanted}  # each once, also when all of them are fewer
 
     def make(i, row):
         value, _ = read_pair(row, (keys[0], None))
@@ -523,8 +518,8 @@ def find_stops(tokenizer, args):
 
 def make_seed(args, key):
     """The seed of a sample or of a batch of samples, whatever else is sampled beside it."""
-    text = f"{args.seed} {args.iter} {key}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    digest = hashlib.sha256(f"{args.seed} {args.iter} {key}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
 def read_sample(prompt, sampled, tokenizer, stop_ids):
@@ -561,9 +556,7 @@ def start_vllm(args):
     length = args.prompt_max_len + args.max_new_tokens
     settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": length}
     settings |= {"tensor_parallel_size": args.tp_size, "gpu_memory_utilization": args.gpu_memory_utilization}
-    settings |= {"enable_prefix_caching": True, "use_tqdm_on_load": False}
-    if args.max_num_seqs:
-        settings["max_num_seqs"] = args.max_num_seqs
+    settings |= {"max_num_seqs": args.max_num_seqs, "enable_prefix_caching": True, "use_tqdm_on_load": False}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if torch.cuda.is_available():
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # runs our last lines
@@ -586,8 +579,7 @@ def generate_vllm(batches, tokenizer, args, device):
 
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": sorted(stop_ids)}
-    # The text is made by read_sample.
-    flags |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+    flags |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}  # read_sample makes the text
     items = [item for batch in batches for item in batch]
     for i, item in enumerate(items):
         params = SamplingParams(seed=make_seed(args, item.key), **flags)
@@ -602,8 +594,7 @@ def generate_vllm(batches, tokenizer, args, device):
 
 def die_with_parent(parent):
     """From now on the kernel kills this process when its parent, a process id, ends, however that ends."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
 
@@ -690,10 +681,8 @@ def load_reward(spec):
     sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
     try:
         function = runpy.run_path(path)[name]
-        inspect.signature(function).bind("prompt", "response", {})
     except Exception as e:  # the file is the user's: anything may be wrong with it
-        form = "FILE.py:NAME, a function of (prompt, response, row)"
-        die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be {form}")
+        die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be FILE.py:NAME")
     return function
 
 
@@ -857,9 +846,8 @@ def write_outputs(rows, keys, folder, identity, args):
         shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
         die(f"--reward_fn {args.reward_fn} failed on every row: {next(iter(errors))}")
     processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
-    selected = rows
-    if args.post_processor != "null":
-        selected = processors[args.post_processor](rows, keys, args)
+    choose = processors.get(args.post_processor)
+    selected = choose(rows, keys, args) if choose else rows
     for path, result in zip(outputs(args), (selected, rows)):
         write_atomic(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in result))
     summary = {"rows": len(rows), "selected": len(selected)}
