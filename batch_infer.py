@@ -210,7 +210,7 @@ def load_rows(args):
         for i, row in enumerate(table):
             if isinstance(row, str):  # a line of a .jsonl
                 try:
-                    table[i] = json.loads(row or "null")
+                    table[i] = json.loads(row.strip() or "null")
                 except ValueError as e:
                     die(f"dataset {name!r}: row {i + 1} is no JSON: {e}")
         if not any(table):
@@ -727,7 +727,8 @@ def call_rewards(items, folder, function, args):
         items = []
         for k, share in enumerate(shares):
             left = [item for item in share if item.key not in done]
-            write_results(folder / f"{rank}_{k}.jsonl", [(item.key, lost) for item in left[:1]], 1)
+            for item in left[:1]:
+                write_results(folder / f"{rank}_{k}.jsonl", [(item.key, lost)], 1)
             items += left[1:]
 
 

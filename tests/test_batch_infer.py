@@ -17,30 +17,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
+from conftest import CHAT_TEMPLATE
+from conftest import make_tokenizer as train_tokenizer
 from conftest import write_rows as write
 from launch import load_script
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-)
+from tokenizers import Tokenizer, processors
+from transformers import AutoConfig, AutoTokenizer, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 script = load_script("batch_infer")
 torch.set_num_threads = lambda n: None  # one thread as OMP_NUM_THREADS says: the models are tiny, the cores shared
 REPO = Path(script.__file__).parent
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-QUESTIONS = [f"{'Please say, w' if i % 3 else 'W'}hat is {i} plus {i * 7}? " * (1 + i % 2) for i in range(12)]
+QUESTIONS = ["Please say, " * (i % 3) + f"what is {i} plus {i * 7}?" * (1 + i % 2) for i in range(12)]
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed (requirements-vllm.txt)"
 )
@@ -48,29 +36,23 @@ needs_vllm = pytest.mark.skipif(
 
 @functools.cache
 def trained_tokenizer():
-    """Bytes and a few merges, as JSON: trained once, as ties between merges fall differently each time."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>"]
-    settings = {"special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    core.train_from_iterator(QUESTIONS, trainers.BpeTrainer(vocab_size=300, show_progress=False, **settings))
-    return core.to_str()
+    """As JSON: trained once, as ties between merges fall differently each time."""
+    return train_tokenizer().backend_tokenizer.to_str()
 
 
 def make_tokenizer(bos=False, pad="<pad>"):
-    core, extra = Tokenizer.from_str(trained_tokenizer()), {"chat_template": TEMPLATE}
+    core, extra = Tokenizer.from_str(trained_tokenizer()), {"chat_template": CHAT_TEMPLATE}
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
         extra["bos_token"] = "<bos>"
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token=pad, **extra)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token=pad, **extra)
 
 
 def make_config(tokenizer, **changes):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
     ids = {"eos_token_id": 1, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     sizes |= {"num_hidden_layers": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    return Qwen2Config(vocab_size=len(tokenizer), initializer_range=0.15, **sizes, **ids, **changes)
+    return transformers.Qwen2Config(vocab_size=len(tokenizer), initializer_range=0.15, **sizes, **ids, **changes)
 
 
 def save(model, tokenizer, folder):
@@ -165,7 +147,7 @@ def test_greedy_is_hugging_faces(home, tmp_path):
             assert row["finish_reason"] == ("stop" if 1 in sampled else "length")
     assert run(home, "generate", tmp_path / "a.jsonl", top_k=1, repetition_penalty=1.4) == rows
     assert run(home, "generate", tmp_path / "b.jsonl", top_p=1e-6, repetition_penalty=1.4) == rows
-    model.generation_config = GenerationConfig(do_sample=True, top_k=3, repetition_penalty=1.5, eos_token_id=1)
+    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=3, repetition_penalty=1.5, eos_token_id=1)
     flags["pretrain"] = save(model, tokenizer, tmp_path / "policy")
     assert run(home, "generate", tmp_path / "c.jsonl", **flags | {"micro_batch_size": 5}) == rows
 
@@ -183,13 +165,22 @@ def test_slices_wrap_around_and_hold_a_prompt_once(home):
     assert ids == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
 
 
+def test_blank_lines_keep_ids_and_shares_repeat_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    a, b = {"prompt": "a"}, {"prompt": "b"}
+    args = script.Args("generate", "", f"{tmp_path}/a.jsonl", pretrain="x")
+    assert script.load_rows(args) == {0: a, 2: b}
+    args.dataset, args.dataset_probs = f"{tmp_path}/a.jsonl, {tmp_path}/a.jsonl", "1,0.2"
+    assert script.load_rows(args) == {0: a, 2: b, 3: a, 5: b, 6: a}
+
+
 # --- scoring
 
 
 @torch.no_grad()
 def hugging_face_score(folder, text, pad="as it is"):
     """Of one text alone; pad: another pad id (None: there is none)."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     if pad != "as it is":
         model.config.pad_token_id = pad
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -245,7 +236,7 @@ def test_a_shared_prompt_changes_nothing(kind):
     sizes |= {"mistral": {"sliding_window": 9}, "gemma2": {"sliding_window": 9}}.get(kind, {})
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 90} if kind == "gpt2" else sizes
     torch.manual_seed(0)
-    body = script.place_model(AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), "cpu")
+    body = script.place_model(transformers.AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), "cpu")
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(n)] for n in (5, 23, 14)]
     responses = [[rng.randrange(90) for _ in range(rng.randrange(1, 20))] for _ in range(9)]
@@ -260,7 +251,7 @@ def test_what_a_reward_model_reads(home, openrlhf):
     """Messages: Hugging Face heads read all of the template, OpenRLHF's up to EOS; nothing follows a cut answer."""
     row = {"input": "policy's own form", "output": "yes", "messages": [{"role": "user", "content": "ok?"}]}
     rows = [row | {"finish_reason": "stop"}, row | {"finish_reason": "length"}]
-    chat, plain = "<|user|>ok?\n<|assistant|>yes", "policy's own formyes"
+    chat, plain = "<|user|>ok?<eos>\n<|assistant|>yes", "policy's own formyes"
     for model, end in ((home / "rm", "<eos>\n"), (openrlhf, "<eos>")):
         for templated, expected in ((True, [chat + end, chat]), (False, [plain + "<eos>", plain])):
             args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), apply_chat_template=templated))
@@ -523,8 +514,6 @@ def test_kills(home, fork, tmp_path, task, kills):
 
 
 def test_bad_input(home, samples, tmp_path, capsys):
-    two = Qwen2ForSequenceClassification(make_config(make_tokenizer(), num_labels=2))
-    save(two, make_tokenizer(), tmp_path / "two")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
     scored = {"task": "rm", "dataset": str(home / "samples.jsonl")}
     cases = {
@@ -543,7 +532,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
         "'./no-such-model'": {"pretrain": "./no-such-model"},
         "policy lacks score.weight for one label": scored | {"pretrain": str(home / "policy")},
-        "two lacks score.weight for one label": scored | {"pretrain": f"{tmp_path}/two"},
+        "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
         "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
     }
     for message, flags in cases.items():
