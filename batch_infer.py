@@ -16,8 +16,7 @@ prompt was messages. output has no EOS: finish_reason says whether it came ("sto
     as in prompts of --csft_prompt; the samples of such prompts are scored as answers to the plain prompt.
 
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
-    deepspeed batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl --post_processor rs \\
-        --output_path best.jsonl
+    deepspeed batch_infer.py --eval_task rm --pretrain REWARD_MODEL --dataset g.jsonl --output_path r.jsonl
 """
 
 import collections
@@ -399,13 +398,12 @@ def scored_ids(row, keys, to_eos, config, tokenizer, args):
         text, start = prompt + response, len(prompt)
         # What the policy saw has its BOS. A reward model's own goes in front, but not of a rendered chat.
         add_bos = not is_ours or (args.eval_task == "rm" and "messages" not in row)
-        add_eos = not cut
     else:
         text, start = render_chat(prompt, response, cut, to_eos, tokenizer)
         add_bos = False
-        add_eos = to_eos and not cut
     ids, ends = tokenize(text, tokenizer, add_bos)
-    if add_eos and not text.endswith(tokenizer.eos_token):
+    ends_here = to_eos or isinstance(prompt, str)  # a template writes what its Hugging Face heads read
+    if ends_here and not cut and not text.endswith(tokenizer.eos_token):
         ids = [*ids, tokenizer.eos_token_id]
     first = max(1, sum(end <= start for end in ends))  # of the response
     if first == len(ids):
