@@ -17,30 +17,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
+from conftest import CHAT_TEMPLATE
+from conftest import make_tokenizer as train_tokenizer
 from conftest import write_rows as write
 from launch import load_script
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-)
+from tokenizers import Tokenizer, processors
+from transformers import AutoConfig, AutoTokenizer, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 script = load_script("batch_infer")
 torch.set_num_threads = lambda n: None  # one thread as OMP_NUM_THREADS says: the models are tiny, the cores shared
 REPO = Path(script.__file__).parent
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-QUESTIONS = [f"{'Please say, w' if i % 3 else 'W'}hat is {i} plus {i * 7}? " * (1 + i % 2) for i in range(12)]
+QUESTIONS = ["Please say, " * (i % 3) + f"what is {i} plus {i * 7}?" * (1 + i % 2) for i in range(12)]
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed (requirements-vllm.txt)"
 )
@@ -48,29 +36,23 @@ needs_vllm = pytest.mark.skipif(
 
 @functools.cache
 def trained_tokenizer():
-    """Bytes and a few merges, as JSON: trained once, as ties between merges fall differently each time."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>"]
-    settings = {"special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    core.train_from_iterator(QUESTIONS, trainers.BpeTrainer(vocab_size=300, show_progress=False, **settings))
-    return core.to_str()
+    """As JSON: trained once, as ties between merges fall differently each time."""
+    return train_tokenizer().backend_tokenizer.to_str()
 
 
 def make_tokenizer(bos=False, pad="<pad>"):
-    core, extra = Tokenizer.from_str(trained_tokenizer()), {"chat_template": TEMPLATE}
+    core, extra = Tokenizer.from_str(trained_tokenizer()), {"chat_template": CHAT_TEMPLATE}
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
         extra["bos_token"] = "<bos>"
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token=pad, **extra)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token=pad, **extra)
 
 
 def make_config(tokenizer, **changes):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
     ids = {"eos_token_id": 1, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     sizes |= {"num_hidden_layers": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    return Qwen2Config(vocab_size=len(tokenizer), initializer_range=0.15, **sizes, **ids, **changes)
+    return transformers.Qwen2Config(vocab_size=len(tokenizer), initializer_range=0.15, **sizes, **ids, **changes)
 
 
 def save(model, tokenizer, folder):
@@ -165,7 +147,7 @@ def test_greedy_is_hugging_faces(home, tmp_path):
             assert row["finish_reason"] == ("stop" if 1 in sampled else "length")
     assert run(home, "generate", tmp_path / "a.jsonl", top_k=1, repetition_penalty=1.4) == rows
     assert run(home, "generate", tmp_path / "b.jsonl", top_p=1e-6, repetition_penalty=1.4) == rows
-    model.generation_config = GenerationConfig(do_sample=True, top_k=3, repetition_penalty=1.5, eos_token_id=1)
+    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=3, repetition_penalty=1.5, eos_token_id=1)
     flags["pretrain"] = save(model, tokenizer, tmp_path / "policy")
     assert run(home, "generate", tmp_path / "c.jsonl", **flags | {"micro_batch_size": 5}) == rows
 
@@ -173,8 +155,8 @@ def test_greedy_is_hugging_faces(home, tmp_path):
 def prompts_of(home, rows, tokenizer=None, **flags):
     """The Items of prompts."""
     args = script.Args(**flags_of(home, "generate", "", **{"max_drop_ratio": 0.9} | flags))
-    config = script.model_config(args.pretrain, args)
-    return script.sampling_items(rows, tokenizer or make_tokenizer(), config, args)[1]
+    keys, config = script.choose_keys(rows[0], args), AutoConfig.from_pretrained(args.pretrain)
+    return script.sampling_items(dict(enumerate(rows)), keys, tokenizer or make_tokenizer(), config, args)
 
 
 def test_slices_wrap_around_and_hold_a_prompt_once(home):
@@ -183,13 +165,22 @@ def test_slices_wrap_around_and_hold_a_prompt_once(home):
     assert ids == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
 
 
+def test_blank_lines_keep_ids_and_shares_repeat_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    a, b = {"prompt": "a"}, {"prompt": "b"}
+    args = script.Args("generate", "", f"{tmp_path}/a.jsonl", pretrain="x")
+    assert script.load_rows(args) == {0: a, 2: b}
+    args.dataset, args.dataset_probs = f"{tmp_path}/a.jsonl, {tmp_path}/a.jsonl", "1,0.2"
+    assert script.load_rows(args) == {0: a, 2: b, 3: a, 5: b, 6: a}
+
+
 # --- scoring
 
 
 @torch.no_grad()
 def hugging_face_score(folder, text, pad="as it is"):
     """Of one text alone; pad: another pad id (None: there is none)."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     if pad != "as it is":
         model.config.pad_token_id = pad
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -245,7 +236,7 @@ def test_a_shared_prompt_changes_nothing(kind):
     sizes |= {"mistral": {"sliding_window": 9}, "gemma2": {"sliding_window": 9}}.get(kind, {})
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 90} if kind == "gpt2" else sizes
     torch.manual_seed(0)
-    body = script.place_model(AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), "cpu")
+    body = script.place_model(transformers.AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), "cpu")
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(n)] for n in (5, 23, 14)]
     responses = [[rng.randrange(90) for _ in range(rng.randrange(1, 20))] for _ in range(9)]
@@ -260,12 +251,13 @@ def test_what_a_reward_model_reads(home, openrlhf):
     """Messages: Hugging Face heads read all of the template, OpenRLHF's up to EOS; nothing follows a cut answer."""
     row = {"input": "policy's own form", "output": "yes", "messages": [{"role": "user", "content": "ok?"}]}
     rows = [row | {"finish_reason": "stop"}, row | {"finish_reason": "length"}]
-    chat, plain = "<|user|>ok?\n<|assistant|>yes", "policy's own formyes"
+    chat, plain = "<|user|>ok?<eos>\n<|assistant|>yes", "policy's own formyes"
     for model, end in ((home / "rm", "<eos>\n"), (openrlhf, "<eos>")):
         for templated, expected in ((True, [chat + end, chat]), (False, [plain + "<eos>", plain])):
             args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), apply_chat_template=templated))
-            tokenizer, config = make_tokenizer(), script.model_config(args.pretrain, args)
-            items = script.scoring_items(rows, tokenizer, config, {}, args)[1]
+            tokenizer, config = make_tokenizer(), AutoConfig.from_pretrained(args.pretrain)
+            keys = script.choose_keys(rows[0], args)
+            items = script.scoring_items(dict(enumerate(rows)), keys, tokenizer, config, args)
             assert [tokenizer.decode(item.prompt + item.response) for item in items] == expected
 
 
@@ -308,13 +300,10 @@ def test_rejection_sampling():
         return [row["sample"] for row in post("best_samples", rows, **flags)]
 
     rewards = [(0, 1.0), (0, 3.0), (0, 3.0), (1, None), (1, -2.0), (2, None), (1, -3.0)]
-    rows = [{"id": i, "sample": n, "input": "x", "reward": r} for n, (i, r) in enumerate(rewards)]
+    rows = [{"id": i, "sample": n, "input": "x", "output": "y", "reward": r} for n, (i, r) in enumerate(rewards)]
     assert best(rows) == [1, 4]
-    assert best(rows, rs_top_k=2) == [1, 2, 4, 6] == best(rows, rs_top_k=2, drop_all_equal=True)
+    assert best(rows, rs_top_k=2) == [1, 2, 4, 6]
     assert best(rows, rs_top_k=9, min_reward=-2.0) == [1, 2, 0, 4]
-    equal = [row | {"reward": 1.0} for row in rows] + [{"id": 3, "sample": 7, "input": "y", "reward": 1.0}]
-    assert best(equal) == [0, 3, 5, 7]
-    assert best(equal, drop_all_equal=True) == [5, 7]  # a sample alone has nothing to equal
 
 
 def test_iterative_dpo_pairs():
@@ -369,8 +358,8 @@ import os, time
 def digits(prompt, response, row):
     return sum(c.isdigit() for c in response)
 
-def length(prompt, response, row):
-    return len(prompt) + 0.5 * len(response)
+def shorter(prompt, response, row):
+    return row["reward"] - len(prompt) - 0.5 * len(response)
 
 def hang():
     while True:
@@ -394,31 +383,26 @@ def slow(prompt, response, row):
 
 
 def test_reward_functions(home, samples, tmp_path):
-    """Alone, weighted, and beside a reward model, whose rewards stay what they are."""
-    file, flags = f"{home}/my-rewards.py", {"dataset": str(home / "samples.jsonl")}
-    alone = run(home, "rm", tmp_path / "a.jsonl", pretrain="", reward_fn=f"{file}:digits=2", **flags)
-    for row, sample in zip(alone, samples, strict=True):
-        assert row == sample | {"reward": 2.0 * sum(c.isdigit() for c in sample["output"])}
-    scored = run(home, "rm", tmp_path / "b.jsonl", **flags)
-    spec = f"{file}:digits, {file}:length=-0.25,model=3"
-    for row, other in zip(run(home, "rm", tmp_path / "c.jsonl", reward_fn=spec, **flags), scored, strict=True):
-        each = {"model": other["reward"], "digits": sum(c.isdigit() for c in row["output"])}
-        each["length"] = len(row["input"]) + 0.5 * len(row["output"])
-        assert row["rewards"] == pytest.approx(each, abs=1e-6) and list(row["rewards"]) == list(each)
-        total = 3 * each["model"] + each["digits"] - 0.25 * each["length"]
-        assert row["reward"] == pytest.approx(total, abs=1e-5)
+    """In place of a model; the next stage finds the reward of the one before in the row."""
+    file, flags = f"{home}/my-rewards.py", {"pretrain": ""}
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    rows = run(home, "rm", first, reward_fn=f"{file}:digits", dataset=str(home / "samples.jsonl"), **flags)
+    for row, sample in zip(rows, samples, strict=True):
+        assert row == sample | {"reward": sum(c.isdigit() for c in sample["output"])}
+    for row, before in zip(run(home, "rm", second, reward_fn=f"{file}:shorter", dataset=str(first), **flags), rows):
+        assert row == before | {"reward": before["reward"] - len(row["input"]) - 0.5 * len(row["output"])}
 
 
-def test_calls_without_a_reward(home, tmp_path):
+def test_calls_without_a_reward(home, tmp_path, capsys):
     """An error, a hang, a crash, an exit or NaN gives null, is counted, and harms no other row."""
     kinds = ["ok", "raise", "sleep", "ok", "die", "exit", "nan", "ok", "hang"] + ["ok"] * 8
     rows = [{"input": "Q", "output": "A", "kind": kind, "answer": i} for i, kind in enumerate(kinds)]
     flags = {"dataset": write(tmp_path / "x.jsonl", rows), "pretrain": "", "reward_timeout": 0.5}
-    spec = f"{home}/my-rewards.py:fragile,{home}/my-rewards.py:digits"
-    found = run(home, "rm", tmp_path / "a.jsonl", reward_fn=spec, **flags)
+    found = run(home, "rm", tmp_path / "a.jsonl", reward_fn=f"{home}/my-rewards.py:fragile", **flags)
     assert [row["reward"] for row in found] == [i if kind == "ok" else None for i, kind in enumerate(kinds)]
-    assert found[1]["rewards"] == {"fragile": None, "digits": 0.0}
-    assert json.loads((tmp_path / "a.jsonl.meta.json").read_text())["summary"]["without_reward"] == 6
+    assert found[1] == rows[1] | {"reward": None}
+    console = capsys.readouterr().out
+    assert "2 calls gave no reward: the call hung" in console and "1 calls gave no reward: Zero" in console
 
 
 # --- resuming, ranks
@@ -445,16 +429,17 @@ def launch(tmp_path, configs, ranks=1):
 
 
 def test_two_ranks(home, samples, tmp_path):
-    """Samples and rewards of one rank, in the same order; a reward model and a function."""
-    flags = {"dataset": str(home / "samples.jsonl"), "reward_fn": f"{home}/my-rewards.py:digits=0.5"}
+    """Samples and rewards of one rank, in the same order."""
+    flags = {"dataset": str(home / "samples.jsonl")}
     generate = flags_of(home, "generate", tmp_path / "generate.jsonl", best_of_n=4)
-    launch(tmp_path, [generate, flags_of(home, "rm", tmp_path / "rm.jsonl", **flags)], ranks=2)
+    function = flags | {"reward_fn": f"{home}/my-rewards.py:digits"}
+    rm = [flags_of(home, "rm", tmp_path / "rm.jsonl", **flags), flags_of(home, "rm", tmp_path / "f.jsonl", **function)]
+    launch(tmp_path, [generate, *rm], ranks=2)
     assert read(tmp_path / "generate.jsonl") == samples
     alone = run(home, "rm", tmp_path / "alone.jsonl", **flags)
     for row, expected in zip(read(tmp_path / "rm.jsonl"), alone, strict=True):
-        assert row | {"reward": 0, "rewards": 0} == expected | {"reward": 0, "rewards": 0}
-        assert row["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
-        assert row["reward"] == pytest.approx(expected["reward"], abs=1e-5)
+        assert row == expected | {"reward": pytest.approx(expected["reward"], abs=1e-5)}
+    assert read(tmp_path / "f.jsonl") == run(home, "rm", tmp_path / "g.jsonl", **function)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -529,27 +514,25 @@ def test_kills(home, fork, tmp_path, task, kills):
 
 
 def test_bad_input(home, samples, tmp_path, capsys):
-    two = Qwen2ForSequenceClassification(make_config(make_tokenizer(), num_labels=2))
-    save(two, make_tokenizer(), tmp_path / "two")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
     scored = {"task": "rm", "dataset": str(home / "samples.jsonl")}
     cases = {
         "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
-        "there is no file 'none.py'": {"task": "rm", "reward_fn": "none.py:f"},
-        "has no attribute 'missing'": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
-        "failed on each of the first": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
+        "No such file or directory": {"task": "rm", "reward_fn": "none.py:f"},
+        "KeyError: 'missing'; it must be FILE.py:NAME": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
+        "broken failed on every row: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
         "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
         "--top_p above 0 and at most 1": {"top_p": 1.5},
         "--best_of_n 2: greedy samples are all the same": {"greedy_sampling": True, "best_of_n": 2},
-        "it has the columns prompt: choose with --input_key": {"input_key": "prmpt"},
+        "no column prmpt (--input_key, --output_key) but prompt": {"input_key": "prmpt"},
         "--prompt_max_len 100 + --max_new_tokens 200 is more than the model's 256": {"max_new_tokens": 200},
         "nowhere.jsonl": {"dataset": str(tmp_path / "nowhere.jsonl")},
         "empty.jsonl": {"dataset": write(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
         "'./no-such-model'": {"pretrain": "./no-such-model"},
-        "policy lacks score.weight": scored | {"pretrain": str(home / "policy")},
-        "score.weight is [2, 64]: the head of a reward model has one label": scored | {"pretrain": f"{tmp_path}/two"},
+        "policy lacks score.weight for one label": scored | {"pretrain": str(home / "policy")},
+        "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
         "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
     }
     for message, flags in cases.items():
@@ -566,7 +549,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
 def test_vllm(home, tmp_path):
     """Greedy: Hugging Face's rows. Sampled: a sample does not depend on its companions, or on the engine."""
     greedy = {"greedy_sampling": True, "repetition_penalty": 1.2}
-    sampled = {"best_of_n": 3, "temperature": 0.8, "top_k": 50, "stop": ["plus"]}
+    sampled = {"best_of_n": 3, "temperature": 0.8, "top_k": 50}
     configs = [greedy, sampled, sampled | {"max_samples": 5, "max_num_seqs": 4}]
     configs = [flags_of(home, "generate_vllm", tmp_path / f"{i}.jsonl", **c) for i, c in enumerate(configs)]
     launch(tmp_path, configs)
@@ -574,7 +557,7 @@ def test_vllm(home, tmp_path):
     rows = read(tmp_path / "1.jsonl")
     assert [(row["id"], row["sample"]) for row in rows] == [(i, k) for i in range(12) for k in range(3)]
     assert read(tmp_path / "2.jsonl") == rows[:15]
-    assert len({row["output"] for row in rows}) > 20 and not any("plus" in row["output"] for row in rows)
+    assert len({row["output"] for row in rows}) > 20
 
 
 @pytest.mark.slow

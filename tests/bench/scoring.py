@@ -49,9 +49,8 @@ def main():
         return rng.integers(2, MODEL["vocab_size"], n).tolist()
 
     def ours(items):
-        batches = script.scoring_batches(items, script.Args("rm", "", "", "x", micro_batch_size=args.rows))
         found = {}
-        for batch in batches:
+        for batch in script.make_batches(items, args.rows):
             for item, states in zip(batch, script.hidden_states(body, batch, "cpu")):
                 found[item.key] = states[-1]
         return torch.stack([found[item.key] for item in items])

@@ -67,9 +67,9 @@ def main():
     flags |= {"max_new_tokens": options.max_new_tokens, "prompt_max_len": 200, "pretrain": str(folder / "model")}
     args = script.Args("generate_vllm", str(folder / "out.jsonl"), **flags)
     tokenizer = script.load_tokenizer(args.pretrain, args)
-    config, stop_ids = script.model_config(args.pretrain, args), script.find_stops(tokenizer, args)
-    _, items = script.sampling_items(script.load_rows(args), tokenizer, config, args)
-    os.environ["RANK"] = "1"  # no progress bar
+    config = script.transformers.AutoConfig.from_pretrained(args.pretrain)
+    stop_ids, keys = script.find_stops(tokenizer, args), ("prompt", None)
+    items = script.sampling_items(script.load_rows(args), keys, tokenizer, config, args)
     engine = script.start_vllm(args)
     engine.engine_core.shutdown = lambda: None
     script.start_vllm = lambda args: engine
@@ -79,7 +79,7 @@ def main():
     def ours(turn):
         """Token counts of the samples, from the file that the writer leaves."""
         (folder / str(turn)).mkdir()
-        results = script.generate_vllm([[item] for item in items], tokenizer, args)
+        results = script.generate_vllm([[item] for item in items], tokenizer, args, "cpu")
         script.write_results(folder / f"{turn}/0.jsonl", results, len(items))
         found = script.read_results(folder / str(turn))
         return [found[item.key]["tokens"] for item in items]
