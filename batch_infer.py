@@ -26,6 +26,7 @@ import datetime
 import faulthandler
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -181,7 +182,8 @@ def open_rows(name, split, cache_dir=None):
             return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        die(f"dataset {name!r}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        cause = e.__cause__ or e
+        die(f"dataset {name!r}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
 
 
 def choose_keys(row, args):
@@ -255,8 +257,6 @@ def load_tokenizer(path, args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        die(f"model {path!r}: its tokenizer has no fast form, or no EOS token")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
     if args.apply_chat_template and not tokenizer.chat_template:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
@@ -679,8 +679,9 @@ def load_reward(spec):
     sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
     try:
         function = runpy.run_path(path)[name]
+        inspect.signature(function).bind("prompt", "response", {})
     except Exception as e:  # the file is the user's: anything may be wrong with it
-        die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be FILE.py:NAME")
+        die(f"--reward_fn {spec}, a function (prompt, response, row): {type(e).__name__}: {e}")
     return function
 
 
@@ -733,9 +734,9 @@ def call_rewards(items, folder, function, args):
 # --- files
 
 
-def stamp(path):
-    """[file, size, mtime] of all files at a path: it tells inputs apart without reading them."""
-    path = Path(path)
+def stamp(name):
+    """[file, size, mtime] of all files of a local model or dataset: tells it apart without reading it."""
+    path = Path(name if os.path.exists(name) else name.partition("@")[0])
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
@@ -749,13 +750,13 @@ def outputs(args):
     return [path for path in (args.output_path, args.scored_path) if path]
 
 
-def identify(args, inputs):
+def identify_stage(args, inputs):
     """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
     for flag, names in inputs.items():
-        identity[f"files of {flag}"] = [stamp(name.strip().partition("@")[0]) for name in names.split(",")]
+        identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
@@ -971,7 +972,7 @@ def main(args):
     if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started
         return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, function, args, device)
     source = args.reward_fn.rpartition(":")[0] or args.pretrain
-    identity = identify(args, {"dataset": args.dataset, "pretrain or reward_fn": source})
+    identity = identify_stage(args, {"dataset": args.dataset, "pretrain or reward_fn": source})
     folder = open_stage(args, identity)
     if folder is None:
         return

@@ -341,7 +341,7 @@ def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
 
 def stamp(name):
     """[file, size, mtime] of all files of a local model or dataset: tells it apart without reading it."""
-    path = Path(name.partition("@")[0])
+    path = Path(name if os.path.exists(name) else name.partition("@")[0])
     files = [path, *path.rglob("*")]
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")

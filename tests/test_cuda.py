@@ -41,6 +41,7 @@ CASES["sft LoRA"] = ("sft", "Qwen2", LORA)
 CASES["dpo simpo"] = ("dpo", "Qwen2", {"loss_type": "simpo", "gradient_checkpointing": True})
 CASES["kd top-k"] = ("kd", "Qwen2", {"teacher_topk": 5})
 CASES["kd frozen"] = ("kd", "Qwen2", {"teacher_topk": 5, **LORA})
+CASES["scoring"] = ("batch_infer", "Qwen2", {"eval_task": "logps", "output_path": ""})
 # {case: (script, family, code, what it might become by mistake, what must be said then)}
 MISTAKES = {
     "int64 bounds": ("sft", "Qwen2", "*lengths], dtype=np.int32)", "*lengths])", "int32 bounds"),
@@ -158,14 +159,28 @@ def run_frozen(script, name, args, table):
     assert len(lines) == 3, f"the pass waits for the GPU, or mixes devices: {lines}"
 
 
+def run_scoring(script, args):
+    """Two prompts with two responses each, through a cache, and each response on its own."""
+    prompts, responses = [[5, 6, 7], [8, 9]], [[11, 12], [13, 14, 15, 16]]
+    items = [script.Item((0, 0), prompt, response, {}) for prompt in prompts for response in responses]
+    measure = script.measure.__wrapped__  # FakeTensorMode moves no model in inference mode
+    with fake, Watch(), torch.no_grad():
+        assert len(list(measure([items, items[:1]], None, args, GPU))) == 5
+
+
 def check(case, script, name, family, flags, folder):
     """What is wrong with a case: "" if nothing is."""
     save_family(family, folder, **SHAPES.get(family, {}))
-    paths = {"pretrain": folder, "dataset": "", "cache_dir": folder}
+    paths = {"pretrain": folder, "dataset": ""}
+    if name != "batch_infer":
+        paths |= {"cache_dir": folder, "micro_train_batch_size": 1}
+        script.deepspeed.initialize = initialize
     paths |= {"teacher_model": folder} if name == "kd" else {}
-    script.deepspeed.initialize = initialize
-    args = script.Args(**paths, micro_train_batch_size=1, **flags)
+    args = script.Args(**paths, **flags)
     try:
+        if name == "batch_infer":
+            run_scoring(script, args)
+            return ""
         (run_frozen if "frozen" in case else run_step)(script, name, args, make_table(script))
     except (Exception, SystemExit):
         return traceback.format_exc(limit=-4)

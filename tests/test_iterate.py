@@ -139,10 +139,10 @@ def test_csft():
 
 def test_flags_keep_quotes_and_a_reward_function_needs_no_model():
     flags = {"TRAIN_FLAGS": '--input_template "User: {}" \n --input_key ""', "RM_MODEL_PATH": None, "BF16": 0}
-    run(**flags, RM_FLAGS="--reward_fn 'my r.py:f=2,model=1'")
+    run(**flags, RM_FLAGS="--reward_fn 'my r.py:f'")
     words = calls()[1]
     assert all("--no-bf16" in text for text in words[:-1])
-    assert "--pretrain" not in words[1] and "--reward_fn 'my r.py:f=2,model=1'" in words[1]
+    assert "--pretrain" not in words[1] and "--reward_fn 'my r.py:f'" in words[1]
     assert "--no-bf16 --input_template 'User: {}' --input_key '' --pretrain" in words[2]
 
 
@@ -229,7 +229,7 @@ TRAIN_FLAGS='--learning_rat 1e-3' | TRAIN_FLAGS: sft.py has no flag --learning_r
 RM_FLAGS=--output-path=x | RM_FLAGS: --output_path is set by iterate.sh
 GENERATE_FLAGS="--input_template 'x" | GENERATE_FLAGS: a quote is not closed
 RM_FLAGS='--reward_fn nowhere.py:f' | RM_FLAGS: nowhere.py:f: no such file or function
-RM_FLAGS='--reward_fn=sft.py:os,sft.py:g=2' | RM_FLAGS: sft.py:g=2: no such file or function
+RM_FLAGS=--reward_fn=sft.py:g | RM_FLAGS: sft.py:g: no such file or function
 """
 
 

@@ -64,7 +64,7 @@ def test_a_random_reward_leaves_the_truth_alone(raft, tmp_path):
     reward = "import random\ndef f(prompt, response, row): return random.Random(response).gauss(0, 0.5)\n"
     (tmp_path / "random_reward.py").write_text(reward)
     out = on_the_same_toy(raft, tmp_path / "run")
-    flags = f"--reward_fn {tmp_path}/random_reward.py:f,model=0"
+    flags = f"--reward_fn {tmp_path}/random_reward.py:f"
     control, _ = iterate(out, RM_FLAGS=flags, TRAINING_ITERS=1, KL=0)
     moved, real = (abs(r[1]["true_score"] - r[0]["true_score"]) for r in (control, raft[1]))
     assert moved < 0.2 * real, (moved, real)
