@@ -923,7 +923,7 @@ def publish(args):
 
     Of a model that was there before, what is no model file (rows, a log) survives.
     """
-    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
+    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path).resolve()  # it may be a link
     if not (partial / "args.json").exists():
         return
     if target.exists():
@@ -943,6 +943,8 @@ def open_run(args, identity):
         shutil.rmtree(args.ckpt_path, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
+    if os.path.ismount(target):  # it could not be replaced when the model is there
+        die(f"--save_path {target} is a mount point: name a folder inside it")
     in_place = target.resolve() == Path(args.pretrain).resolve()
     if (target / "config.json").exists() and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")

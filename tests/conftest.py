@@ -13,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes of pytest: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.sched_getaffinity = lambda pid: {0}
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>"]
 # every turn ends in EOS and a newline, as in ChatML: what is behind EOS must not be trained

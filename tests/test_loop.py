@@ -1,5 +1,5 @@
 """The whole loop on the toy, as a newcomer runs it: minutes each. The first is a slow test; the others, which
-take half an hour together, run with `python -m pytest -m loop`."""
+take half an hour together, run with `python -m pytest -m loop -n 0`."""
 
 import json
 import os

@@ -623,7 +623,8 @@ def in_place(tokenizer, tmp_path):
     (model / "logs").mkdir()
     for name in ("rm.jsonl", "train.log", "logs/a.txt", "merges.txt"):
         (model / name).write_text(name)
-    return {"pretrain": str(model), "save_path": str(model)}
+    (tmp_path / "link").symlink_to(model)
+    return {"pretrain": str(tmp_path / "link"), "save_path": str(tmp_path / "link")}
 
 
 def test_in_place(in_place, run, tmp_path, capsys):
