@@ -868,7 +868,7 @@ def reference_logps(table, args, device):
         logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a pair
         lengths = table.with_format("numpy")["length"][:]
         quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
-        passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+        passes = split_step(lengths, args.micro_train_batch_size)
         for members in tqdm.tqdm(passes, "reference", disable=quiet):
             batch = fetch(table, members if len(members) else [0])  # every pass is a collective
             logps[to_device(members, device)] = pair_logps(engine, batch)[: len(members)]

@@ -865,8 +865,7 @@ def teacher_topk(table, vocab_size, args, device):
         dist.barrier()
         output = np.load(partial[0], mmap_mode="r+")
         quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
-        # Without a gradient, more fits.
-        passes = split_step(columns["length"][:], 4 * args.micro_train_batch_size)
+        passes = split_step(columns["length"][:], args.micro_train_batch_size)
         for members in tqdm.tqdm(passes, "teacher", disable=quiet):
             batch = fetch(table, members if len(members) else [0])  # every pass is a collective
             values = engine(pack_rows(batch, device) | {"targets": None}).cpu().numpy()

@@ -848,7 +848,7 @@ def reference_rows(table, partners, args, device):
         logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a row
         lengths = table.with_format("numpy")["length"][:]
         quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
-        passes = split_step(lengths, 4 * args.micro_train_batch_size)  # without a gradient, more fits
+        passes = split_step(lengths, args.micro_train_batch_size)
         for members in tqdm.tqdm(passes, "reference", disable=quiet):
             rows = members if len(members) else np.array([0])  # every pass is a collective
             for column, batch in enumerate(fetch_rows(table, rows, partners, args)):
