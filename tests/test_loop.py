@@ -91,8 +91,8 @@ def test_conditional_sft_gives_the_rewards_it_is_asked_for(raft, tmp_path):
     out = on_the_same_toy(raft, tmp_path / "run")
     report, verdict = iterate(out, METHOD="csft", **HF)
     assert [row["asked"] for row in report] == [-1.5, -0.75, 0, 0.75, 1.5]
-    achieved = [row["achieved"] for row in report]
-    assert np.all(np.diff(achieved) > 0) and verdict.startswith("csft: slope"), verdict
+    slope = np.polyfit([row["asked"] for row in report], [row["achieved"] for row in report], 1)[0]
+    assert verdict.startswith(f"csft: slope of achieved against asked {slope:.2f}") and slope > 0.5, verdict
 
 
 @pytest.mark.loop
