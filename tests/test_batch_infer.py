@@ -521,6 +521,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
         "No such file or directory": {"task": "rm", "reward_fn": "none.py:f"},
         "(prompt, response, row): KeyError: 'missing'": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
+        "too many positional arguments": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:hang"},
         "broken failed on every row: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
         "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
         "--top_p above 0 and at most 1": {"top_p": 1.5},

@@ -253,6 +253,14 @@ def test_first_loss_is_known(flags, loss, run, tmp_path):
     assert abs(found["eval/rewards/margins"][1]) > 1e-4  # one step later
 
 
+def test_a_tie_counts_half(run, tmp_path):
+    """One pair, read as the reference read it: equal to the last bit in step 1."""
+    pair = write_rows(tmp_path / "pair.jsonl", make_pairs(1))
+    assert run(dataset=pair, max_steps=1) == 0
+    found = metrics_of(tmp_path / "out")
+    assert (found["rewards/margins"][0], found["rewards/accuracies"][0]) == (0, 0.5)
+
+
 def test_wrong_reference_stops_the_run(run, monkeypatch, capsys):
     real = dpo.reference_logps
     monkeypatch.setattr(dpo, "reference_logps", lambda *inputs: real(*inputs) + np.float32([0.2, 0.1]))
