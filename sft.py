@@ -277,7 +277,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def choose_keys(row, args):
+def example_columns(row, args):
     """(prompt column, response column or None) of a row."""
     # The first that fits. Rows of batch_infer.py, input and output, may hold messages as well.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
@@ -291,9 +291,9 @@ def choose_keys(row, args):
     raise ValueError(f"no column {wanted} (--input_key, --output_key) but {', '.join(row)}")
 
 
-def encode_row(row, tokenizer, args):
+def encode_example(row, tokenizer, args):
     """The examples of a row, here just one: the first columns of FEATURES."""
-    prompt_key, response_key = choose_keys(row, args)
+    prompt_key, response_key = example_columns(row, args)
     prompt = row[prompt_key]
     response = row[response_key] if response_key else []
     if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
@@ -304,7 +304,7 @@ def encode_row(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
@@ -335,19 +335,20 @@ def stamp(name):
     return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-def encode_table(name, split, tokenizer, vocab_size, args):
+def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
     if n == 0:
         die(f"dataset {name!r} has no rows")
-    # All that decides an example. An edited encode_row makes a new table, an edited loss does not.
+    # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     source = [name, split, stamp(name), getattr(rows, "_fingerprint", None)]
     tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
     decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "tokenizer": tokenizer, "vocab_size": vocab_size, "args": args}
+    inputs = {"rows": rows, "name": name, "encode_row": encode_row, "tokenizer": tokenizer}
+    inputs |= {"vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
         encode_rows,
         features=FEATURES,
@@ -369,7 +370,7 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     return table.select(np.flatnonzero(usable))
 
 
-def load_examples(names, probs, split, tokenizer, args):
+def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
@@ -377,7 +378,8 @@ def load_examples(names, probs, split, tokenizer, args):
         advice = f"--max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
     names = names.split(",")
-    tables = [encode_table(name.strip(), split, tokenizer, config.vocab_size, args) for name in names]
+    options = (split, encode_row, tokenizer, config.vocab_size, args)
+    tables = [encode_table(name.strip(), *options) for name in names]
     if probs and len(tables) > 1:
         shares = [float(share) for share in probs.split(",")]
         if len(shares) != len(tables):
@@ -400,8 +402,8 @@ def fetch(table, indices):
 def split_step(lengths, max_examples, max_tokens=None):
     """Deals the examples of a step over passes and ranks, the longest first.
 
-    A pass holds at most max_examples, or max_tokens if given. Returns the passes of this rank as arrays of
-    indices; every rank has as many, and some are empty where examples are few.
+    A pass holds at most max_examples, or max_tokens if given. Returns this rank's passes: (indices, weight).
+    A pass is a collective, so all ranks have as many: where examples are too few, one of weight 0 stands in.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
@@ -410,7 +412,8 @@ def split_step(lengths, max_examples, max_tokens=None):
         fullest = order[::n]  # the longest of each round
         fits = len(fullest) <= max_examples if max_tokens is None else lengths[fullest].sum() <= max_tokens
         if fits or len(fullest) == 1:
-            return [order[i::n] for i in range(rank, n, world_size)]
+            mine = [order[i::n] for i in range(rank, n, world_size)]
+            return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
 
 
 def to_device(array, device):
@@ -542,14 +545,12 @@ def sft_step(engine, examples, args, train=True):
     lengths = [example["length"] for example in examples]
     passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
     total_loss = torch.zeros((), device=engine.device)
-    for i, members in enumerate(passes):
-        # A rank without examples runs one that counts nothing, as every pass is a collective.
-        counts = 1.0 if len(members) else 0.0
-        pack = pack_rows([examples[j] for j in members] or examples[:1], engine.device)
+    for i, (members, weight) in enumerate(passes):
+        pack = pack_rows([examples[j] for j in members], engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             per_token_logps = engine(pack)
-            loss = counts * -per_token_logps.sum() / n_tokens
+            loss = weight * -per_token_logps.sum() / n_tokens
         if train:
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
         total_loss += loss.detach()
@@ -860,12 +861,13 @@ def main(args):
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: sft (inputs)
     inputs = {"pretrain": args.pretrain, "dataset": args.dataset}
+    encoding = (encode_example, tokenizer, args)
     # --- end algorithm
     identity = identify(args, inputs)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
     held_out = []
     if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     columns = examples.with_format("numpy")
     lengths, n_trained = columns["length"][:], columns["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)

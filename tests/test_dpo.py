@@ -413,7 +413,8 @@ def pairs_of(tiny, tokenizer, tmp_path):
     def build(rows, **flags):
         paths = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "cache_dir": str(tmp_path)}
         args = dpo.Args(**{**SETTINGS, "pretrain": tiny, **paths, **flags})
-        table = dpo.load_examples(args.dataset, None, "train", dpo.load_tokenizer(tiny, args), args)
+        tokenizer = dpo.load_tokenizer(tiny, args)
+        table = dpo.load_examples(args.dataset, None, "train", dpo.encode_pair, tokenizer, args)
         pairs = []
         for example in dpo.fetch(table, np.arange(len(table))):
             n_prompt, begin, end = example["ends"]

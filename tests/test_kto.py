@@ -146,7 +146,7 @@ def test_a_pair_becomes_two_rows(kind, tiny, tokenizer, tmp_path):
         pair |= {"prompt": "Say it.\n", "rejected_finish_reason": "length"}
     data = write_rows(tmp_path / "pairs.jsonl", [pair] * 3)
     args = kto.Args(pretrain=tiny, dataset=data, cache_dir=str(tmp_path))
-    table = kto.load_examples(data, None, "train", tokenizer, args)
+    table = kto.load_examples(data, None, "train", kto.encode_labelled, tokenizer, args)
     assert table["desirable"] == [True, False] * 3 and len(set(table["prompt_hash"])) == 1
     found = [example["input_ids"][example["trained"]] for example in kto.fetch(table, [0, 1])]
     assert [tokenizer.decode(ids) for ids in found] == ["red river<eos>", f"old stone{end}"]

@@ -243,7 +243,7 @@ def test_split_step_uses_every_example_once(lengths, world_size, max_examples, p
         with mock.patch.multiple(sft.dist, get_rank=lambda r=rank: r, get_world_size=lambda: world_size):
             ranks.append(sft.split_step(lengths, max_examples, max_tokens))
     assert len({len(passes) for passes in ranks}) == 1
-    passes = [members for passes in ranks for members in passes]
+    passes = [members for passes in ranks for members, weight in passes if weight]
     assert sorted(i for members in passes for i in members) == list(range(len(lengths)))
     if packing:
         assert max(sum(lengths[i] for i in members) for members in passes) <= max_tokens
@@ -344,7 +344,7 @@ def encode(row, folder, **flags):
     """(text before the first trained token, [text of each trained stretch], ids) of a row."""
     args = make_args(pretrain=folder, **flags)
     tokenizer = sft.load_tokenizer(folder, args)
-    (example,) = sft.encode_row(row, tokenizer, args)
+    (example,) = sft.encode_example(row, tokenizer, args)
     ids, trained = example["input_ids"], example["trained"]
     edges = np.flatnonzero(np.diff(trained.astype(int), append=0, prepend=0)).reshape(-1, 2)
     texts = [tokenizer.decode(ids[begin:end]) for begin, end in edges]
@@ -398,7 +398,7 @@ def examples_of(tiny, tokenizer):
 
     def call(names, **flags):
         args = make_args(pretrain=tiny, **flags)
-        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, tokenizer, args)
+        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, sft.encode_example, tokenizer, args)
 
     return call
 
@@ -445,7 +445,7 @@ def test_rows_are_encoded_once(examples_of, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", make_rows(5))
 
     def encodes(**flags):
-        with mock.patch.object(sft, "encode_row", wraps=sft.encode_row) as spy:
+        with mock.patch.object(sft, "encode_example", wraps=sft.encode_example) as spy:
             n = len(examples_of(path, **flags))
         assert spy.call_count in (0, n)
         return spy.called
