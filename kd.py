@@ -65,7 +65,7 @@ from datasets import Features, List, Value
 class Args:
     pretrain: str  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights, in training with fp32 master weights; --no-bf16: fp32
-    flash_attn: bool = False  # accepted for old commands: on a GPU attention is FlashAttention in any case
+    flash_attn: bool = False  # accepted for old commands: on a GPU bf16 attention is FlashAttention anyway
     gradient_checkpointing: bool = False  # recompute activations: less memory, about 25 % more time
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
     lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
@@ -80,7 +80,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else a next run finds; may be deleted
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs, top-k tables; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
@@ -92,7 +92,7 @@ class Args:
     teacher_offload: bool = False  # with --zero_stage 3: keep the teacher's weights in CPU memory
     teacher_topk: int = 0  # distil this many likeliest tokens of the teacher, computed once; 0 = all, live
     kd_coef: float = 0.4  # weight of the distillation term, 0 to 1; the rest is cross-entropy with the data
-    # the divergence: forward_kl covers the teacher's modes, reverse_kl seeks one, the others are between
+    # the divergence: forward_kl (smoothed: skew) covers the teacher's modes, reverse_kl seeks one
     kd_loss: Literal["forward_kl", "reverse_kl", "jsd", "skew"] = "forward_kl"
     kd_temperature: float = 1.0  # softmax temperature of teacher and student in the distillation term
 
@@ -105,7 +105,7 @@ class Args:
     adam_betas: tuple[float, float] = (0.9, 0.95)  # beta1 and beta2 of AdamW
     max_norm: float = 1.0  # clip the global gradient norm to this; 0 = no clipping
     max_epochs: int = 1  # passes over the data
-    max_steps: int | None = None  # end after this many optimiser steps, the schedule as well
+    max_steps: int = 100_000_000  # end after this many optimiser steps, the schedule as well
     seed: int = 42  # of everything random: data order, LoRA's start and dropout
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
@@ -120,19 +120,21 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # folder of the checkpoints; default: <save_path>.ckpt
+    ckpt_path: str | None = None  # where its folder of checkpoints is, until the end; default: by save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        for name in ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "logging_steps"):
+        positive = "train_batch_size micro_train_batch_size max_len max_epochs max_steps logging_steps"
+        for name in [*positive.split(), "max_ckpt_num"]:
             if getattr(self, name) < 1:
                 die(f"--{name} must be 1 or more, not {getattr(self, name)}")
         if not 0 <= self.kd_coef <= 1 or self.kd_temperature <= 0 or self.teacher_topk < 0:
             die("--kd_coef must be 0 to 1, --kd_temperature above 0, --teacher_topk 0 or more")
         self.save_path = self.save_path.rstrip("/")
-        self.ckpt_path = self.ckpt_path or f"{self.save_path}.ckpt"
+        folder, name = os.path.split(self.save_path)  # of its own, as it is removed at the end
+        self.ckpt_path = os.path.join(self.ckpt_path or folder, f"{name}.ckpt")
         if self.input_template and "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
@@ -156,7 +158,7 @@ FEATURES = Features(  # the columns of an encoded row
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
-HARMLESS = ()  # reasons that --max_drop_ratio does not count
+HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
 # --- rows and tokens
@@ -323,9 +325,9 @@ def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
-        if row == "":  # a blank line of a .jsonl
-            continue
         try:
+            if row == "":
+                raise ValueError("blank line")
             row = json.loads(row) if isinstance(row, str) else row
             examples = encode_row(row, tokenizer, args)
             if max(example["input_ids"].max() for example in examples) >= vocab_size:
@@ -359,17 +361,15 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     source = [name, split, stamp(name), getattr(rows, "_fingerprint", None)]
-    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
-    decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
+    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    flags = [getattr(args, flag) for flag in DATA_FLAGS]
+    decides = json.dumps([source, tokens, vocab_size, flags, code])
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "encode_row": encode_row, "tokenizer": tokenizer}
-    inputs |= {"vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
-        encode_rows,
+        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
-        # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": np.array_split(np.arange(n), 64), **inputs},
+        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # dealt to the processes
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -392,9 +392,8 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     if args.max_len > limit:
         advice = f"--max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
-    names = names.split(",")
     options = (split, encode_row, tokenizer, config.vocab_size, args)
-    tables = [encode_table(name.strip(), *options) for name in names]
+    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
         shares = [float(share) for share in probs.split(",")]
         if len(shares) != len(tables):
@@ -406,27 +405,27 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
 
 
 def fetch(table, indices):
-    """Rows of the table as examples: {column: array or number}, and "index"."""
-    columns = {"index": indices, **table.with_format("numpy")[indices]}
+    """Rows of the table as examples: {column: array or number}."""
+    columns = table.with_format("numpy")[indices]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 # --- packing, attention, log-probabilities, the step
 
 
-def split_step(lengths, max_examples, max_tokens=None):
-    """Deals the examples of a step over passes and ranks, the longest first.
+def split_step(lengths, args, n_responses=1):
+    """Deals examples over passes and ranks, the longest first. Returns this rank's passes: (indices, weight).
 
-    A pass holds at most max_examples, or max_tokens if given. Returns this rank's passes: (indices, weight).
     A pass is a collective, so all ranks have as many: where examples are too few, one of weight 0 stands in.
     """
+    most = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
     order = np.argsort(-lengths, kind="stable")
+    sizes = lengths if args.packing_samples else np.ones_like(lengths)
     for n in itertools.count(world_size, world_size):  # passes, over all ranks
         fullest = order[::n]  # the longest of each round
-        fits = len(fullest) <= max_examples if max_tokens is None else lengths[fullest].sum() <= max_tokens
-        if fits or len(fullest) == 1:
+        if sizes[fullest].sum() <= most or len(fullest) == 1:
             mine = [order[i::n] for i in range(rank, n, world_size)]
             return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
 
@@ -549,11 +548,6 @@ class LogProbs(torch.nn.Module):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
-def real_logits(logits, vocab_size, temperature):
-    """[C, V] -> [C, vocab_size], at the temperature; the rows that models pad their vocabulary with go."""
-    return logits[:, :vocab_size] / temperature
-
-
 def top_and_rest(logits, ids):
     """Logits [C, V], ids [C, K] -> log-probs [C, K + 1]: of these K tokens, and of all others together."""
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
@@ -561,40 +555,18 @@ def top_and_rest(logits, ids):
     return torch.cat([logits.gather(1, ids), rest], 1).log_softmax(1)
 
 
-class Teacher(LogProbs):
-    """The frozen teacher: forward(pack), of a pack without targets, gives what the student learns from.
+class Distill(LogProbs):
+    """Teacher or student as forward(pack); a pack of neither kind, as in check_attention, gives log-probs.
 
-    That is its hidden states [N, H], or with --teacher_topk rows [N, 2k + 1] of the table: log-probs of the k
-    likeliest tokens and of all others together, then the k ids.
+    teacher: a pack without targets -> hidden states [N, H], or with --teacher_topk rows [N, 2k + 1] of the
+    table: log-probs of the k likeliest tokens and of all others together, then the k ids.
+    student: a pack with that as pack["teacher"] -> cross-entropy and divergence at each trained token [N, 2].
     """
 
-    def __init__(self, model, vocab_size, args):
+    def __init__(self, model, vocab_size, args, teacher=None):
         super().__init__(model)
         self.vocab_size, self.args = vocab_size, args
-
-    def chunk_topk(self, weight, bias, hidden):
-        logits = self.logits(weight, bias, hidden)
-        logits = real_logits(logits, self.vocab_size, self.args.kd_temperature)
-        ids = logits.topk(min(self.args.teacher_topk, self.vocab_size), 1).indices
-        return torch.cat([top_and_rest(logits, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
-
-    def forward(self, pack):
-        if pack["targets"] is not None:  # check_attention compares log-probs
-            return super().forward(pack)
-        hidden = self.hidden(pack)
-        return self.in_chunks(self.chunk_topk, hidden) if self.args.teacher_topk else hidden
-
-
-class DistillLogProbs(LogProbs):
-    """The student as forward(pack) -> [N, 2], nats: cross-entropy and divergence at each trained token.
-
-    pack["teacher"] has what Teacher gave for the pack. teacher: its engine, None with --teacher_topk.
-    """
-
-    def __init__(self, model, teacher, vocab_size, args):
-        super().__init__(model)
-        self.vocab_size, self.args = vocab_size, args
-        if teacher is not None:
+        if teacher is not None:  # else it comes from the table, or this is the teacher
             head = list(teacher.parts[1].parameters())  # weight, and a bias in some models
             # Under ZeRO-3 a whole copy: ranks run different numbers of chunks, and a gather needs them all.
             with deepspeed.zero.GatheredParameters(head):
@@ -602,27 +574,36 @@ class DistillLogProbs(LogProbs):
             self.teacher_head = (head + [None])[:2]
             self.teacher_logits = teacher.logits  # the teacher itself would become a part of the student
 
+    def real(self, logits):
+        """[C, V] -> [C, vocab_size], at the temperature; what models pad their vocabulary with goes."""
+        return logits[:, : self.vocab_size] / self.args.kd_temperature
+
+    def chunk_topk(self, weight, bias, hidden):
+        logits = self.real(self.logits(weight, bias, hidden))
+        ids = logits.topk(min(self.args.teacher_topk, self.vocab_size), 1).indices
+        return torch.cat([top_and_rest(logits, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
+
     def chunk_distill(self, weight, bias, hidden, targets, teacher):
-        """[C, 2] of hidden states [C, H], and of the teacher's or of its rows of the top-k table."""
         logits = self.logits(weight, bias, hidden)
         ce = F.cross_entropy(logits, targets, reduction="none")
-        temperature = self.args.kd_temperature
-        logits = real_logits(logits, self.vocab_size, temperature)
+        logits = self.real(logits)
         if self.args.teacher_topk:
             k = teacher.shape[1] // 2
             log_p, ids = teacher.split([k + 1, k], 1)
             log_q = top_and_rest(logits, ids.long())
         else:
-            teacher_logits = self.teacher_logits(*self.teacher_head, teacher)
-            log_p = real_logits(teacher_logits, self.vocab_size, temperature).log_softmax(1)
+            log_p = self.real(self.teacher_logits(*self.teacher_head, teacher)).log_softmax(1)
             log_q = logits.log_softmax(1)
-        kd = temperature**2 * divergence(log_p, log_q, self.args.kd_loss)
+        kd = self.args.kd_temperature**2 * divergence(log_p, log_q, self.args.kd_loss)
         return torch.stack([ce, kd], 1)
 
     def forward(self, pack):
-        if "teacher" not in pack:  # check_attention compares log-probs
+        if "teacher" in pack:
+            return self.in_chunks(self.chunk_distill, self.hidden(pack), pack["targets"], pack["teacher"])
+        if pack["targets"] is not None:
             return super().forward(pack)
-        return self.in_chunks(self.chunk_distill, self.hidden(pack), pack["targets"], pack["teacher"])
+        hidden = self.hidden(pack)
+        return self.in_chunks(self.chunk_topk, hidden) if self.args.teacher_topk else hidden
 
 
 # --- the loss and the step
@@ -656,9 +637,7 @@ def kd_step(engine, teacher, examples, args, train=True):
     all ranks.
     """
     n_tokens = int(sum(example["n_trained"] for example in examples))
-    max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
-    lengths = [example["length"] for example in examples]
-    passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
+    passes = split_step([example["length"] for example in examples], args)
     totals = torch.zeros(3, device=engine.device)
     for i, (members, weight) in enumerate(passes):
         batch = [examples[j] for j in members]
@@ -666,8 +645,7 @@ def kd_step(engine, teacher, examples, args, train=True):
         if teacher is None:
             pack["teacher"] = to_device(np.concatenate([x["teacher"] for x in batch]), engine.device)
         else:
-            with torch.no_grad():
-                pack["teacher"] = teacher(pack | {"targets": None})
+            pack["teacher"] = teacher(pack | {"targets": None})
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             ce_loss, kd_loss = weight * engine(pack).sum(0) / n_tokens
@@ -754,7 +732,8 @@ def load_model(path, args):
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
+        # of nn.Dropout; for F.dropout
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     try:
@@ -796,13 +775,13 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model)
+    wrapped = wrapper(model).train()  # as loaded, a model is in eval mode: nothing would be checkpointed
     return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
 @torch.no_grad()
 def check_attention(engine, pack, alone, args):
-    """Stops unless a pack gets the log-probs that eager attention gives its sequences alone (packs, too)."""
+    """Stops unless a pack has the log-probs that eager attention gives to each of its sequences alone."""
     wrapper = getattr(engine, "module", engine)
     found = wrapper(pack)  # with dropout of LoRA, too: a new adapter adds nothing yet
     wrapper.model.set_attn_implementation("eager")
@@ -817,17 +796,15 @@ def check_attention(engine, pack, alone, args):
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
     """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
-    if args.zero_stage < 3:
-        engine = wrapper(load_model(path, args)).to(device).eval()
-        engine.device = torch.device(device)  # as DeepSpeed's engines have it
-        return engine
     config = deepspeed_config(path, args)
     config["zero_optimization"]["offload_param"] = {"device": "cpu" if offload else "none"}
-    partition_at_load = transformers.integrations.HfDeepSpeedConfig(config)
-    engine = deepspeed.initialize(model=wrapper(load_model(path, args)), config=config)[0]
+    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
+    model = wrapper(load_model(path, args)).requires_grad_(False).eval()
     del partition_at_load
-    engine.eval()
-    return engine
+    if args.zero_stage == 3:
+        return deepspeed.initialize(model=model, config=config)[0]
+    model.device = torch.device(device)  # as DeepSpeed's engines have it
+    return model.to(device)
 
 
 def check_rows(engine, args):
@@ -840,66 +817,58 @@ def check_rows(engine, args):
 def start_teacher(vocab_size, args, device):
     """The teacher's engine, frozen and checked."""
     options = (args.teacher_model, args, device, args.teacher_offload)
-    engine = start_frozen(*options, lambda model: Teacher(model, vocab_size, args))
+    engine = start_frozen(*options, lambda model: Distill(model, vocab_size, args))
     check_rows(engine, args)
     return engine
 
 
-@torch.no_grad()
 def teacher_topk(table, vocab_size, args, device):
-    """A function: an example of the table -> its rows of --teacher_topk, [n_trained, 2k + 1]: see Teacher.
+    """(rows [tokens, 2k + 1] of --teacher_topk, see Distill; for each example of the table where its end).
 
-    They are computed once and kept in --cache_dir: each rank writes its share into one memory-mapped file,
-    which appears by rename.
+    They are computed once, a step's worth of examples at a time, and kept in --cache_dir.
     """
-    path, k = args.teacher_model, min(args.teacher_topk, vocab_size)
-    decides = json.dumps([table._fingerprint, path, stamp(path), args.bf16, k, args.kd_temperature])
-    file = Path(args.cache_dir, f"topk-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
-    columns = table.with_format("numpy")
-    ends = np.cumsum(columns["n_trained"][:])
-    partial = ["" if file.exists() else f"{file}.{os.getpid()}"]  # another run may write the same
-    dist.broadcast_object_list(partial)
-    if partial[0]:
+    path, width = args.teacher_model, 2 * min(args.teacher_topk, vocab_size) + 1
+    decides = json.dumps([table._fingerprint, path, stamp(path), args.bf16, width, args.kd_temperature])
+    file = Path(args.cache_dir, f"topk-{hashlib.sha256(decides.encode()).hexdigest()[:32]}")
+    found = [file.exists()]
+    dist.broadcast_object_list(found)
+    if not found[0]:
         engine = start_teacher(vocab_size, args, device)
-        if dist.get_rank() == 0:
-            np.lib.format.open_memmap(partial[0], "w+", np.float32, (int(ends[-1]), 2 * k + 1))
-        dist.barrier()
-        output = np.load(partial[0], mmap_mode="r+")
+        partial = f"{file}.{os.urandom(4).hex()}"  # another run may write the same
         quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
-        passes = split_step(columns["length"][:], args.micro_train_batch_size)
-        for members, weight in tqdm.tqdm(passes, "teacher", disable=quiet):
-            batch = fetch(table, members)
-            values = engine(pack_rows(batch, device) | {"targets": None}).cpu().numpy()
-            bounds = np.cumsum([example["n_trained"] for example in batch])[:-1]
-            for i, part in zip(members if weight else [], np.split(values, bounds)):
-                output[ends[i] - len(part) : ends[i]] = part
-        output.flush()
+        for first in tqdm.trange(0, len(table), args.train_batch_size, desc="teacher", disable=quiet):
+            batch = fetch(table, range(first, min(first + args.train_batch_size, len(table))))
+            owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
+            rows = torch.zeros(len(owner), width, device=device)
+            for members, weight in split_step([example["length"] for example in batch], args):
+                found = engine(pack_rows([batch[j] for j in members], device) | {"targets": None})
+                places = np.concatenate([np.flatnonzero(owner == j) for j in members])
+                rows[to_device(places, device)] += weight * found
+            dist.all_reduce(rows)  # those of other ranks are 0
+            if dist.get_rank() == 0:
+                with open(partial, "ab") as output:
+                    rows.cpu().numpy().tofile(output)
         for p in engine.parameters():
             if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
                 p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
-        dist.barrier()
         if dist.get_rank() == 0:
-            os.replace(partial[0], file)
+            os.replace(partial, file)
         dist.barrier()
-    table_rows = np.load(file, mmap_mode="r")
-
-    def rows_of(example):
-        end = ends[example["index"]]
-        return table_rows[end - example["n_trained"] : end]
-
-    return rows_of
+    ends = np.cumsum(table.with_format("numpy")["n_trained"][:])
+    return np.memmap(file, np.float32, "r").reshape(-1, width), ends
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
 
 
-def identify(args, inputs):
+def identify(args):
     """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
-    for flag, names in inputs.items():
-        if Path(names).resolve() != Path(args.save_path).resolve():  # else the run itself will change it
+    for flag in ("pretrain", "dataset", "ref_pretrain", "teacher_model"):
+        names = identity.get(flag)
+        if names and Path(names).resolve() != Path(args.save_path).resolve():  # else the run will change it
             identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
@@ -948,18 +917,19 @@ def open_run(args, identity):
     in_place = target.resolve() == Path(args.pretrain).resolve()
     if (target / "config.json").exists() and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
-    for folder in checkpoints(args)[:1]:
+    newest = checkpoints(args)[:1]
+    for folder in newest:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run, remove it: {changed}")
         note(f"resume {folder}")
-        return int(folder.name[5:])
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    if not newest:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return 0
+    return int(newest[0].name[5:]) if newest else 0
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -971,7 +941,6 @@ def save_checkpoint(engine, args, step, identity):
         os.rename(partial, partial.with_suffix(""))
         for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
-    dist.barrier()
 
 
 def save_model(engine, tokenizer, args, identity):
@@ -1059,10 +1028,9 @@ def main(args):
     # --- algorithm: kd (inputs)
     if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
         die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
-    inputs = {"pretrain": args.pretrain, "teacher_model": args.teacher_model, "dataset": args.dataset}
     encoding = (encode_example, tokenizer, args)
     # --- end algorithm
-    identity = identify(args, inputs)
+    identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
     held_out = []
     if args.eval_dataset:
@@ -1070,7 +1038,7 @@ def main(args):
     columns = examples.with_format("numpy")
     lengths, n_trained = columns["length"][:], columns["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
-    total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps or sys.maxsize)
+    total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:
         note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
@@ -1089,18 +1057,16 @@ def main(args):
             topk[table] = teacher_topk(table, vocab_size, args, device)
     else:
         teacher = start_teacher(vocab_size, args, device)
-    engine = start_engine(args, total_steps, lambda model: DistillLogProbs(model, teacher, vocab_size, args))
+    engine = start_engine(args, total_steps, lambda model: Distill(model, vocab_size, args, teacher))
     check_rows(engine, args)
 
     def take_step(table, indices, train=True):
         batch = fetch(table, indices)
         if args.teacher_topk:
-            for example in batch:
-                example["teacher"] = topk[table](example)
+            rows, ends = topk[table]
+            for example, end in zip(batch, ends[indices]):
+                example["teacher"] = rows[end - example["n_trained"] : end]
         return kd_step(engine, teacher, batch, args, train)
-
-    def order_of(epoch):
-        return epoch_order(lengths, args.seed, epoch)
 
     shown = fetch(examples, [0])[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)
@@ -1127,7 +1093,7 @@ def main(args):
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
         if place == 0 or step == start_step + 1:
-            order = order_of(epoch)
+            order = epoch_order(lengths, args.seed, epoch)
         batch = order[place * args.train_batch_size :][: args.train_batch_size]
         torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
         began = time.time()

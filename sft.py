@@ -60,7 +60,7 @@ from datasets import Features, List, Value
 class Args:
     pretrain: str  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights, in training with fp32 master weights; --no-bf16: fp32
-    flash_attn: bool = False  # accepted for old commands: on a GPU attention is FlashAttention in any case
+    flash_attn: bool = False  # accepted for old commands: on a GPU bf16 attention is FlashAttention anyway
     gradient_checkpointing: bool = False  # recompute activations: less memory, about 25 % more time
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
     lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
@@ -75,7 +75,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else a next run finds; may be deleted
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs, top-k tables; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
@@ -92,7 +92,7 @@ class Args:
     adam_betas: tuple[float, float] = (0.9, 0.95)  # beta1 and beta2 of AdamW
     max_norm: float = 1.0  # clip the global gradient norm to this; 0 = no clipping
     max_epochs: int = 1  # passes over the data
-    max_steps: int | None = None  # end after this many optimiser steps, the schedule as well
+    max_steps: int = 100_000_000  # end after this many optimiser steps, the schedule as well
     seed: int = 42  # of everything random: data order, LoRA's start and dropout
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
@@ -107,17 +107,19 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # folder of the checkpoints; default: <save_path>.ckpt
+    ckpt_path: str | None = None  # where its folder of checkpoints is, until the end; default: by save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        for name in ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "logging_steps"):
+        positive = "train_batch_size micro_train_batch_size max_len max_epochs max_steps logging_steps"
+        for name in [*positive.split(), "max_ckpt_num"]:
             if getattr(self, name) < 1:
                 die(f"--{name} must be 1 or more, not {getattr(self, name)}")
         self.save_path = self.save_path.rstrip("/")
-        self.ckpt_path = self.ckpt_path or f"{self.save_path}.ckpt"
+        folder, name = os.path.split(self.save_path)  # of its own, as it is removed at the end
+        self.ckpt_path = os.path.join(self.ckpt_path or folder, f"{name}.ckpt")
         if self.input_template and "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
@@ -141,7 +143,7 @@ FEATURES = Features(  # the columns of an encoded row
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
-HARMLESS = ()  # reasons that --max_drop_ratio does not count
+HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
 # --- rows and tokens
@@ -308,9 +310,9 @@ def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
-        if row == "":  # a blank line of a .jsonl
-            continue
         try:
+            if row == "":
+                raise ValueError("blank line")
             row = json.loads(row) if isinstance(row, str) else row
             examples = encode_row(row, tokenizer, args)
             if max(example["input_ids"].max() for example in examples) >= vocab_size:
@@ -344,17 +346,15 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     source = [name, split, stamp(name), getattr(rows, "_fingerprint", None)]
-    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, vocab_size]
-    decides = json.dumps([source, tokens, [getattr(args, flag) for flag in DATA_FLAGS], code])
+    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    flags = [getattr(args, flag) for flag in DATA_FLAGS]
+    decides = json.dumps([source, tokens, vocab_size, flags, code])
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    inputs = {"rows": rows, "name": name, "encode_row": encode_row, "tokenizer": tokenizer}
-    inputs |= {"vocab_size": vocab_size, "args": args}
     table = datasets.Dataset.from_generator(
-        encode_rows,
+        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
-        # The library deals the members of a list to the processes: spans is the only list.
-        gen_kwargs={"spans": np.array_split(np.arange(n), 64), **inputs},
+        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # dealt to the processes
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -377,9 +377,8 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     if args.max_len > limit:
         advice = f"--max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
-    names = names.split(",")
     options = (split, encode_row, tokenizer, config.vocab_size, args)
-    tables = [encode_table(name.strip(), *options) for name in names]
+    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
         shares = [float(share) for share in probs.split(",")]
         if len(shares) != len(tables):
@@ -391,27 +390,27 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
 
 
 def fetch(table, indices):
-    """Rows of the table as examples: {column: array or number}, and "index"."""
-    columns = {"index": indices, **table.with_format("numpy")[indices]}
+    """Rows of the table as examples: {column: array or number}."""
+    columns = table.with_format("numpy")[indices]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 # --- packing, attention, log-probabilities, the step
 
 
-def split_step(lengths, max_examples, max_tokens=None):
-    """Deals the examples of a step over passes and ranks, the longest first.
+def split_step(lengths, args, n_responses=1):
+    """Deals examples over passes and ranks, the longest first. Returns this rank's passes: (indices, weight).
 
-    A pass holds at most max_examples, or max_tokens if given. Returns this rank's passes: (indices, weight).
     A pass is a collective, so all ranks have as many: where examples are too few, one of weight 0 stands in.
     """
+    most = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
     order = np.argsort(-lengths, kind="stable")
+    sizes = lengths if args.packing_samples else np.ones_like(lengths)
     for n in itertools.count(world_size, world_size):  # passes, over all ranks
         fullest = order[::n]  # the longest of each round
-        fits = len(fullest) <= max_examples if max_tokens is None else lengths[fullest].sum() <= max_tokens
-        if fits or len(fullest) == 1:
+        if sizes[fullest].sum() <= most or len(fullest) == 1:
             mine = [order[i::n] for i in range(rank, n, world_size)]
             return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
 
@@ -541,9 +540,7 @@ def sft_step(engine, examples, args, train=True):
     Returns metrics, the same on all ranks.
     """
     n_tokens = int(sum(example["n_trained"] for example in examples))
-    max_tokens = args.micro_train_batch_size * args.max_len if args.packing_samples else None
-    lengths = [example["length"] for example in examples]
-    passes = split_step(lengths, args.micro_train_batch_size, max_tokens)
+    passes = split_step([example["length"] for example in examples], args)
     total_loss = torch.zeros((), device=engine.device)
     for i, (members, weight) in enumerate(passes):
         pack = pack_rows([examples[j] for j in members], engine.device)
@@ -632,7 +629,8 @@ def load_model(path, args):
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
+        # of nn.Dropout; for F.dropout
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     try:
@@ -674,13 +672,13 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model)
+    wrapped = wrapper(model).train()  # as loaded, a model is in eval mode: nothing would be checkpointed
     return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
 @torch.no_grad()
 def check_attention(engine, pack, alone, args):
-    """Stops unless a pack gets the log-probs that eager attention gives its sequences alone (packs, too)."""
+    """Stops unless a pack has the log-probs that eager attention gives to each of its sequences alone."""
     wrapper = getattr(engine, "module", engine)
     found = wrapper(pack)  # with dropout of LoRA, too: a new adapter adds nothing yet
     wrapper.model.set_attn_implementation("eager")
@@ -696,13 +694,14 @@ def check_attention(engine, pack, alone, args):
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
 
 
-def identify(args, inputs):
+def identify(args):
     """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
-    for flag, names in inputs.items():
-        if Path(names).resolve() != Path(args.save_path).resolve():  # else the run itself will change it
+    for flag in ("pretrain", "dataset", "ref_pretrain", "teacher_model"):
+        names = identity.get(flag)
+        if names and Path(names).resolve() != Path(args.save_path).resolve():  # else the run will change it
             identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
@@ -751,18 +750,19 @@ def open_run(args, identity):
     in_place = target.resolve() == Path(args.pretrain).resolve()
     if (target / "config.json").exists() and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
-    for folder in checkpoints(args)[:1]:
+    newest = checkpoints(args)[:1]
+    for folder in newest:
         changed = difference(folder, identity)
         if changed:
             die(f"{folder} is a checkpoint of another run, remove it: {changed}")
         note(f"resume {folder}")
-        return int(folder.name[5:])
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    if not newest:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return 0
+    return int(newest[0].name[5:]) if newest else 0
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -774,7 +774,6 @@ def save_checkpoint(engine, args, step, identity):
         os.rename(partial, partial.with_suffix(""))
         for folder in checkpoints(args)[args.max_ckpt_num :]:
             shutil.rmtree(folder)
-    dist.barrier()
 
 
 def save_model(engine, tokenizer, args, identity):
@@ -860,10 +859,9 @@ def main(args):
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: sft (inputs)
-    inputs = {"pretrain": args.pretrain, "dataset": args.dataset}
     encoding = (encode_example, tokenizer, args)
     # --- end algorithm
-    identity = identify(args, inputs)
+    identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
     held_out = []
     if args.eval_dataset:
@@ -871,7 +869,7 @@ def main(args):
     columns = examples.with_format("numpy")
     lengths, n_trained = columns["length"][:], columns["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
-    total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps or sys.maxsize)
+    total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:
         note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
@@ -890,9 +888,6 @@ def main(args):
 
     def take_step(examples, indices, train=True):
         return sft_step(engine, fetch(examples, indices), args, train)
-
-    def order_of(epoch):
-        return epoch_order(lengths, args.seed, epoch)
 
     shown = fetch(examples, [0])[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)
@@ -919,7 +914,7 @@ def main(args):
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
         if place == 0 or step == start_step + 1:
-            order = order_of(epoch)
+            order = epoch_order(lengths, args.seed, epoch)
         batch = order[place * args.train_batch_size :][: args.train_batch_size]
         torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
         began = time.time()

@@ -132,7 +132,7 @@ def run_step(script, name, args, table):
     if name == "kd":
         with fake, Watch():
             teacher = None if args.teacher_topk else script.start_teacher(90, args, GPU)
-        wrapper = functools.partial(script.DistillLogProbs, teacher=teacher, vocab_size=90, args=args)
+        wrapper = functools.partial(script.Distill, teacher=teacher, vocab_size=90, args=args)
     engine = script.start_engine(args, 3, wrapper)
     examples = script.fetch(table, range(2))
     for example in examples:

@@ -238,10 +238,11 @@ SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 @settings(max_examples=100, deadline=None)
 @given(SIZES, st.integers(1, 5), st.integers(1, 8), st.booleans())
 def test_split_step_uses_every_example_once(lengths, world_size, max_examples, packing):
-    ranks, max_tokens = [], 20 * max_examples + 50 if packing else None
+    args = make_args(micro_train_batch_size=max_examples, max_len=70, packing_samples=packing)
+    ranks, max_tokens = [], 70 * max_examples
     for rank in range(world_size):
         with mock.patch.multiple(sft.dist, get_rank=lambda r=rank: r, get_world_size=lambda: world_size):
-            ranks.append(sft.split_step(lengths, max_examples, max_tokens))
+            ranks.append(sft.split_step(lengths, args))
     assert len({len(passes) for passes in ranks}) == 1
     passes = [members for passes in ranks for members, weight in passes if weight]
     assert sorted(i for members in passes for i in members) == list(range(len(lengths)))
@@ -270,6 +271,16 @@ def test_learning_rate_by_hand(tiny, monkeypatch):
     assert rates("linear") == pytest.approx([1.0, 2.0, *(2 * i / 9 for i in range(8, 0, -1))])
     assert rates("cosine") == pytest.approx([1.0, 2.0, *cosine])
     assert rates("cosine_with_min_lr") == pytest.approx([1.0, 2.0, *(0.2 + 0.9 * c for c in cosine)])
+
+
+def test_checkpointed_layers_are_computed_again(tiny, monkeypatch):
+    """In the backward pass, from the first step on."""
+    monkeypatch.setattr(sft.deepspeed, "initialize", lambda model, **rest: [model])
+    for checkpointing, calls in ((False, 2), (True, 4)):
+        model = sft.start_engine(make_args(pretrain=tiny, gradient_checkpointing=checkpointing), 1)
+        with mock.patch.object(sft, "attend", wraps=sft.attend) as spy:
+            model(sft.pack_rows([example_of([5, 6, 7])], "cpu")).sum().backward()
+        assert spy.call_count == calls
 
 
 def test_the_longest_example_is_first():
@@ -554,15 +565,16 @@ def test_every_other_flag_belongs_to_the_identity(tmp_path, monkeypatch):
     """A copy's own flags as well, and the number of ranks."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     args = MyArgs(pretrain="", dataset="")
-    (tmp_path / "args.json").write_text(json.dumps(sft.identify(args, {})))
+    (tmp_path / "args.json").write_text(json.dumps(sft.identify(args)))
     for name in dataclasses.asdict(args):
         with monkeypatch.context() as patch:
             patch.setattr(args, name, "other")
-            changed = sft.difference(tmp_path, sft.identify(args, {}))
-        assert changed.startswith(f"{name} changed. ") != (name in sft.FREE_FLAGS), name
-    assert sft.difference(tmp_path, sft.identify(args, {})) == ""
+            changed = sft.difference(tmp_path, sft.identify(args))
+        named = changed.partition(" changed")[0].split(", ")
+        assert (name in named) != (name in sft.FREE_FLAGS), name
+    assert sft.difference(tmp_path, sft.identify(args)) == ""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert sft.difference(tmp_path, sft.identify(args, {})).startswith("ranks changed. ")
+    assert sft.difference(tmp_path, sft.identify(args)).startswith("ranks changed. ")
 
 
 def die_at_move(n, folder, patch):
