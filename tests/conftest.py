@@ -110,7 +110,7 @@ def weights_of(save_path):
 
 def train(script, **flags):
     """main() of a script in this process, as one rank; the metrics of its steps."""
-    script.main(script.Args(**SETTINGS | {"cache_dir": f"{flags['save_path']}.cache"} | flags))
+    script.main(script.Args(**SETTINGS | flags))
     return metrics_of(flags["save_path"])
 
 
@@ -128,6 +128,11 @@ def clean_environment():
     """What a trainer's setup() writes into the environment ends with the test."""
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory):
+    SETTINGS["cache_dir"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
