@@ -126,7 +126,8 @@ def two_ranks(tiny, rows_file, tmp_path_factory):
     """Folder with the results of all SPLITS on two ranks."""
     out = tmp_path_factory.mktemp("two_ranks")
     paths = {"pretrain": tiny, "dataset": rows_file, "eval_dataset": rows_file, "eval_split": "train"}
-    conftest.launch("sft", [{**paths, **flags, "save_path": str(out / name)} for name, flags in SPLITS.items()], out)
+    configs = [{**paths, **flags, "save_path": str(out / name)} for name, flags in SPLITS.items()]
+    conftest.launch("sft", configs, out)
     return out
 
 
