@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_rows, write_rows
+from conftest import make_model, make_rows, metrics_of, weights_of, write_rows
 from launch import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,11 +106,10 @@ def read(path):
 
 
 def trained(folder, start):
-    """Columns of metrics.jsonl of a finished run whose model is not its start model."""
+    """The metrics of a finished run whose model is not its start model."""
     assert all((folder / name).stat().st_size for name in ("config.json", "tokenizer.json", "args.json"))
-    assert (folder / "model.safetensors").read_bytes() != (start / "model.safetensors").read_bytes()
-    rows = read(folder / "metrics.jsonl")
-    return {name: [row[name] for row in rows] for name in rows[-1]}
+    assert weights_of(folder) != weights_of(start)
+    return metrics_of(folder)
 
 
 @torch.no_grad()
