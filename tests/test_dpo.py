@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SETTINGS, launch, make_pairs, metrics_of, train, write_rows
+from conftest import launch, make_pairs, metrics_of, train, write_rows
 from first_step_of_trl import first_steps
 from launch import load_script
 from torch import nn
@@ -337,25 +337,6 @@ def test_reference_is_computed_once(run, other, tmp_path):
 # --- rows
 
 
-@pytest.fixture
-def pairs_of(tiny, tokenizer, tmp_path):
-    """pairs_of(rows, **flags): the pairs that are built, each as (prompt, chosen, rejected), what is trained."""
-
-    def build(rows, **flags):
-        paths = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "cache_dir": str(tmp_path)}
-        args = dpo.Args(**{**SETTINGS, "pretrain": tiny, **paths, **flags})
-        table = dpo.load_examples(args.dataset, None, "train", dpo.load_tokenizer(tiny, args), args)
-        pairs = []
-        for example in dpo.fetch(table, np.arange(len(table))):
-            n_prompt, begin, end = example["ends"]
-            assert (example["trained"] == (np.arange(end) >= n_prompt)).all()  # stored once, not trained
-            parts = np.split(example["input_ids"], [n_prompt, begin])
-            pairs.append([tokenizer.decode(part) for part in parts])
-        return pairs
-
-    return build
-
-
 def said(*contents):
     """A conversation, the user first."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
@@ -381,9 +362,13 @@ LAYOUTS = {  # name: (row, flags, prompt, responses where they are not those of 
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name, pairs_of):
+def test_layouts(name, tiny, tokenizer):
     row, flags, prompt, *responses = LAYOUTS[name]
-    assert pairs_of([row], **flags) == [[prompt, *(responses or ["river<eos>", "walls<eos>"])]]
+    (pair,) = dpo.encode_row(row, tokenizer, dpo.Args(pretrain=tiny, dataset="", **flags))
+    n_prompt, begin, end = pair["ends"]
+    assert (pair["trained"] == (np.arange(end) >= n_prompt)).all()  # the prompt is stored once
+    parts = np.split(pair["input_ids"], [n_prompt, begin])
+    assert [*map(tokenizer.decode, parts)] == [prompt, *(responses or ["river<eos>", "walls<eos>"])]
 
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}

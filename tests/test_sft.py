@@ -73,21 +73,14 @@ def make_args(**flags):
     return sft.Args(**{**SETTINGS, "pretrain": "", "dataset": "", **flags})
 
 
-def encode_plainly(tokenizer, row):
-    """(ids with EOS, cut at max_len; length of the prompt) by nothing but the tokenizer."""
-    ids = tokenizer(row["input"] + row["output"])["input_ids"] + [tokenizer.eos_token_id]
-    return ids[: SETTINGS["max_len"]], len(tokenizer(row["input"])["input_ids"])
-
-
 def mean_loss(model, rows):
     """Hugging Face's own loss, one forward per row, its prompt masked; per trained token of all rows."""
-    total, n_tokens = 0, 0
+    total = 0
     for ids, n_prompt in rows:
         labels = torch.tensor([[-100] * n_prompt + ids[n_prompt:]])
-        n = len(ids) - n_prompt
-        total = total + model(input_ids=torch.tensor([ids]), labels=labels, use_cache=False).loss * n
-        n_tokens += n
-    return total / n_tokens
+        loss = model(input_ids=torch.tensor([ids]), labels=labels, use_cache=False).loss
+        total = total + loss * (len(ids) - n_prompt)
+    return total / sum(len(ids) - n_prompt for ids, n_prompt in rows)
 
 
 def eager(folder):
@@ -105,7 +98,10 @@ def example_of(ids, n_prompt=0):
 @pytest.fixture(scope="module")
 def reference(tiny, tokenizer, rows_file):
     """Three steps of plain torch: losses, gradient norms, and the loss of all rows before and after."""
-    rows = [encode_plainly(tokenizer, json.loads(line)) for line in open(rows_file)]
+    rows = []  # (ids with EOS, cut at max_len; length of the prompt), by nothing but the tokenizer
+    for row in map(json.loads, open(rows_file)):
+        ids = tokenizer(row["input"] + row["output"])["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((ids[: SETTINGS["max_len"]], len(tokenizer(row["input"])["input_ids"])))
     order = sft.epoch_order(np.array([len(ids) for ids, _ in rows]), 42, 0)
     model = eager(tiny)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
@@ -186,6 +182,16 @@ def test_neighbours_and_chunks_have_no_effect(tiny, monkeypatch):
     assert torch.equal(logps[2:], changed[2:]) and not torch.equal(logps[:2], changed[:2])
     for found in (alone, chunked):
         assert torch.allclose(logps, found, rtol=0, atol=1e-5)
+
+
+def test_a_pack_by_hand():
+    first = {"input_ids": np.array([10, 11, 12, 13]), "trained": np.array([False, False, True, True])}
+    pack = sft.pack_rows([first, example_of([40, 50, 51])], "cpu")
+    assert pack["input_ids"].tolist() == [[10, 11, 12, 13, 40, 50, 51]]
+    assert pack["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert pack["segments"]["n_q"] == pack["segments"]["n_k"] == [4, 3]
+    assert pack["segments"]["cu_q"].tolist() == [0, 4, 7]
+    assert pack["positions"].tolist() == [1, 2, 4, 5] and pack["targets"].tolist() == [12, 13, 50, 51]
 
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=40)
