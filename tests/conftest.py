@@ -84,14 +84,11 @@ def make_model(folder, tokenizer, **changes):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     options = {"num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+    options |= {"bos_token_id": None, "initializer_range": 0.1}
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=512, **{**sizes, **ids, **options, "initializer_range": 0.1, **changes})
+    config = Qwen2Config(vocab_size=512, **{**sizes, **ids, **options, **changes})
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -114,13 +111,21 @@ def train(script, **flags):
     return metrics_of(flags["save_path"])
 
 
+def console_of(command, folder=None, **settings):
+    """What a command prints, run in a folder with these environment variables; it must end well."""
+    environment = os.environ | {name: str(value) for name, value in settings.items()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [str(word) for word in command]
+    done = subprocess.run(command, cwd=folder, env=environment, timeout=1800, **pipes)
+    assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
 def launch(name, configs, folder, ranks=2):
     """main() of a script for each of several flags, in one process group."""
     (folder / "configs.json").write_text(json.dumps([SETTINGS | config for config in configs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += [str(Path(__file__).with_name("launch.py")), name, str(folder / "configs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    console_of([*command, Path(__file__).with_name("launch.py"), name, folder / "configs.json"])
 
 
 @pytest.fixture(autouse=True)

@@ -2,32 +2,21 @@
 take half an hour together, run with `python -m pytest -m loop -n 0`."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model, make_tokenizer, write_rows
+from conftest import console_of, make_model, make_tokenizer, write_rows
 
 REPO = Path(__file__).resolve().parents[1]
 HF = {"GENERATE_FLAGS": "--eval_task generate"}  # starts faster than vLLM, which the first loop uses
 
 
-def run(command, **settings):
-    """Runs a command to its end; its console."""
-    environment = os.environ | {name: str(value) for name, value in settings.items()}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run([str(word) for word in command], env=environment, timeout=1800, **pipes)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
 def iterate(out, **settings):
     """Runs iterate.sh; its report, one object per iteration, and its last line."""
-    console = run(["bash", REPO / "iterate.sh"], OUT=out, **settings)
+    console = console_of(["bash", REPO / "iterate.sh"], OUT=out, **settings)
     return json.loads((out / "report.json").read_text()), console.splitlines()[-1]
 
 
@@ -105,7 +94,7 @@ def test_raft_on_arithmetic_with_a_python_reward(tmp_path):
     data = write_rows(tmp_path / "sft.jsonl", rows)
     flags = "--no-bf16 --max_len 32 --train_batch_size 128 --micro_train_batch_size 128 --learning_rate 2e-3"
     command = [sys.executable, REPO / "sft.py", *flags.split(), "--max_epochs", 12]
-    run([*command, "--pretrain", init, "--dataset", data, "--save_path", tmp_path / "policy"])
+    console_of([*command, "--pretrain", init, "--dataset", data, "--save_path", tmp_path / "policy"])
     report, verdict = iterate(
         tmp_path / "run",
         POLICY_MODEL_PATH=tmp_path / "policy",

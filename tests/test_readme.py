@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import make_pairs, make_rows, train, write_rows
+from conftest import console_of, make_pairs, make_rows, train, write_rows
 from launch import load_script
 
 REPO = Path(__file__).resolve().parents[1]
@@ -61,15 +61,12 @@ def test_every_command_runs(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/pip").write_text("#!/bin/sh\n")
     (tmp_path / "bin/pip").chmod(0o755)
-    short = {"TRAINING_ITERS": "1", "ROLLOUT_BATCH_SIZE": "128", "PYTEST_ADDOPTS": "--collect-only -q"}
-    environment = os.environ | short | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    settings = {"TRAINING_ITERS": 1, "ROLLOUT_BATCH_SIZE": 128, "PYTEST_ADDOPTS": "--collect-only -q"}
+    settings["PATH"] = f"{tmp_path}/bin:{os.environ['PATH']}"
     for document in DOCUMENTS:
         if document == "examples/README.md":  # its loops name models of the hub: their commands are printed
-            environment["DRY_RUN"] = "1"
+            settings["DRY_RUN"] = 1
         for block in blocks(document, "bash"):
-            if re.search(r"# .*needs (a GPU|the hub|the network)", block):
-                continue
-            command = ["bash", "-euo", "pipefail", "-c", block]
-            done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
-            assert done.returncode == 0, f"{document}:\n{block}\n{done.stdout[-4000:]}"
+            if not re.search(r"# .*needs (a GPU|the hub|the network)", block):
+                command = ["bash", "-euo", "pipefail", "-c", block]
+                console_of(command, tmp_path, **settings)

@@ -1,6 +1,5 @@
 """examples/trinity.py: keys to flags, what stops, what is only noted. Nothing is trained here; test_seeds.py does."""
 
-import copy
 import os
 import shlex
 import sys
@@ -8,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import tyro
-import yaml
 from launch import load_script
+from omegaconf import OmegaConf
 
 REPO = Path(__file__).resolve().parents[1]
 trinity = load_script("examples/trinity")
@@ -33,17 +32,11 @@ SFT = {"algorithm": {"algorithm_type": "sft"}}
 
 
 def changed(changes):
-    """DPO with {"dotted.key": value}, nested; None is as good as left out."""
-    config = {}
+    """DPO with {"dotted.key": value}, as YAML; None is as good as left out."""
+    config = OmegaConf.create()
     for key, value in [*DPO.items(), *changes.items()]:
-        *parents, last = key.split(".")
-        inner = config
-        for name in parents:
-            if not isinstance(inner.get(name), dict):
-                inner[name] = {}
-            inner = inner[name]
-        inner[last] = copy.deepcopy(value)
-    return config
+        OmegaConf.update(config, key, value, merge=False)
+    return OmegaConf.to_yaml(config)
 
 
 @pytest.fixture
@@ -53,7 +46,7 @@ def show(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
     def run(config, *options):
-        text = config if isinstance(config, str) else yaml.safe_dump(changed(config))
+        text = config if isinstance(config, str) else changed(config)
         Path("x.yaml").write_text(text)
         trinity.main(["run", "--config", "x.yaml", "--print", *options])
         console = capsys.readouterr().out
