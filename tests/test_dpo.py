@@ -1,13 +1,9 @@
-"""dpo.py against closed forms, Hugging Face's own forward, plain torch, TRL, hand-made rows, and itself resumed."""
+"""dpo.py against closed forms, Hugging Face's own forward, plain torch, TRL, and hand-made rows."""
 
 import functools
 import itertools
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -16,49 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import make_model, make_rows, write_rows
+from conftest import launch, make_pairs, metrics_of, train, write_rows
+from first_step_of_trl import first_steps
 from launch import load_script
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 dpo = load_script("dpo")
-SETTINGS = {"bf16": False, "train_batch_size": 24, "learning_rate": 1e-3, "lr_scheduler": "constant"}
-SETTINGS |= {"lr_warmup_ratio": 0.0, "max_len": 100}
-
-
-@pytest.fixture
-def run(tiny, pairs_file, tmp_path, monkeypatch):
-    """run(**flags): main() in this process, as one rank of one thread; its exit code: 0, 2, or "killed"."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    paths = {"pretrain": tiny, "dataset": pairs_file}
-    paths |= {"save_path": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
-
-    def call(**flags):
-        try:
-            with mock.patch.dict(os.environ):  # setup() writes into it
-                dpo.main(dpo.Args(**{**SETTINGS, **paths, **flags}))
-            return 0
-        except SystemExit as e:
-            return e.code
-        except KeyboardInterrupt:
-            return "killed"
-
-    return call
-
-
-def killed_at(name, n):
-    """A context in which the n-th call of a function of the script kills the process."""
-    effects = [mock.DEFAULT] * (n - 1) + [KeyboardInterrupt]
-    return mock.patch.object(dpo, name, mock.Mock(wraps=getattr(dpo, name), side_effect=effects))
-
-
-def make_pairs(n, seed=0):
-    """n rows {"prompt", "chosen", "rejected"}; the two responses begin alike in every third row."""
-    one, two = make_rows(n, seed), make_rows(n, seed + 100)
-    pairs = [{"prompt": a["input"], "chosen": a["output"], "rejected": b["output"]} for a, b in zip(one, two)]
-    for pair in pairs[::3]:
-        pair["rejected"] = pair["chosen"][: len(pair["chosen"]) // 2] + pair["rejected"]
-    return pairs
 
 
 @pytest.fixture(scope="session")
@@ -67,16 +27,11 @@ def pairs_file(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_pairs(49))
 
 
-@pytest.fixture(scope="session")
-def other(tmp_path_factory, tokenizer):
-    """Folder of a model that differs from tiny: a reference that is not the start policy."""
-    return make_model(tmp_path_factory.mktemp("other") / "other", tokenizer, initializer_range=0.12)
-
-
-def metrics_of(save_path):
-    """{name: [its value at each logged step that has it]}."""
-    steps = [json.loads(line) for line in Path(save_path, "metrics.jsonl").read_text().splitlines()]
-    return {name: [step[name] for step in steps if name in step] for name in {**steps[0], **steps[-1]}}
+@pytest.fixture
+def run(tiny, pairs_file, tmp_path):
+    """run(**flags): a training in this process; its metrics."""
+    paths = {"save_path": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
+    return functools.partial(train, dpo, pretrain=tiny, dataset=pairs_file, **paths)
 
 
 # --- closed forms: optima of the losses in dpo.LOSSES over a softmax policy of six responses
@@ -133,7 +88,7 @@ FAMILIES = dict.fromkeys("Llama Qwen2 Phi3 Olmo2 GPTNeoX GPT2".split(), {}) | {
     "Gemma3Text": {**WINDOW, "layer_types": LAYERS},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
-    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5},  # as GPT2 it has dropout of 0.1
     "Gemma4Text": {**WINDOW, **GEMMA4},
     "DeepseekV3": DEEPSEEK,
 }
@@ -164,7 +119,8 @@ def load_plain(folder):
 
 
 def load_packed(script, folder):
-    return script.LogProbs(script.load_model(folder, script.Args(pretrain=folder, dataset="", bf16=False)))
+    model = script.load_model(folder, script.Args(pretrain=folder, dataset="", bf16=False))
+    return script.LogProbs(model).train()  # no dropout is left in it
 
 
 def padded_logps(model, sequences):
@@ -243,8 +199,7 @@ FIRST_LOSSES = [
 def test_first_loss_is_known(flags, loss, run, tmp_path):
     """In the evaluation before the first step, too."""
     held_out = write_rows(tmp_path / "held_out.jsonl", make_pairs(10, seed=7))
-    assert run(eval_dataset=held_out, max_steps=1, **flags) == 0
-    found, error = metrics_of(tmp_path / "out"), 1e-5
+    found, error = run(eval_dataset=held_out, max_steps=1, **flags), 1e-5
     if "bf16" in flags:
         error = 0.1
     assert [found["loss"][0], found["eval/loss"][0]] == pytest.approx([loss, loss], rel=0, abs=error / 10)
@@ -256,15 +211,15 @@ def test_first_loss_is_known(flags, loss, run, tmp_path):
 def test_a_tie_counts_half(run, tmp_path):
     """One pair, read as the reference read it: equal to the last bit in step 1."""
     pair = write_rows(tmp_path / "pair.jsonl", make_pairs(1))
-    assert run(dataset=pair, max_steps=1) == 0
-    found = metrics_of(tmp_path / "out")
+    found = run(dataset=pair, max_steps=1)
     assert (found["rewards/margins"][0], found["rewards/accuracies"][0]) == (0, 0.5)
 
 
 def test_wrong_reference_stops_the_run(run, monkeypatch, capsys):
     real = dpo.reference_logps
     monkeypatch.setattr(dpo, "reference_logps", lambda *inputs: real(*inputs) + np.float32([0.2, 0.1]))
-    assert run() == 2
+    with pytest.raises(SystemExit, match="2"):
+        run()
     assert re.search(r"error: step 1: .* must be 0.6931472, but is 0\.69", capsys.readouterr().err)
 
 
@@ -342,17 +297,12 @@ def case_flags(case, other):
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny, other, pairs_file, tmp_path_factory):
-    """Folder with the results of all CASES on two ranks, started once."""
+    """Folder with the results of all CASES on two ranks."""
     out, configs = tmp_path_factory.mktemp("two_ranks"), []
     for case in CASES:
         paths = {"save_path": str(out / case), "cache_dir": str(out / f"{case}.cache")}
-        paths |= {"pretrain": tiny, "dataset": pairs_file}
-        configs.append({**SETTINGS, **paths, **case_flags(case, other)})
-    (out / "configs.json").write_text(json.dumps(configs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(Path(__file__).with_name("launch.py")), "dpo", str(out / "configs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+        configs.append({"pretrain": tiny, "dataset": pairs_file, **paths, **case_flags(case, other)})
+    launch("dpo", configs, out)
     return out
 
 
@@ -360,11 +310,11 @@ def two_ranks(tiny, other, pairs_file, tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_equals_plain_torch(ranks, case, plain, run, other, tmp_path, two_ranks):
     """SimPO without a reference pass."""
-    place, cache, loss = two_ranks / case, two_ranks / f"{case}.cache", CASES[case][0]
+    cache, loss = two_ranks / f"{case}.cache", CASES[case][0]
+    found = metrics_of(two_ranks / case)
     if ranks == 1:
-        place, cache = tmp_path / "out", tmp_path / "cache"
-        assert run(**case_flags(case, other)) == 0
-    found = metrics_of(place)
+        cache = tmp_path / "cache"
+        found = run(**case_flags(case, other))
     for name, values in plain(loss).items():
         assert found[name] == pytest.approx(values, rel=1e-5, abs=1e-5), name
     assert len(list(cache.glob("logps*"))) == (loss != "simpo")
@@ -380,50 +330,11 @@ def test_reference_is_computed_once(run, other, tmp_path):
     runs.append((harmless | {"ref_pretrain": other}, 3))
     with mock.patch.object(dpo, "start_frozen", wraps=dpo.start_frozen) as start_frozen:
         for i, (flags, count) in enumerate(runs):
-            assert run(save_path=str(tmp_path / f"{i}"), max_steps=1, **flags) == 0
+            run(save_path=str(tmp_path / f"{i}"), max_steps=1, **flags)
             assert start_frozen.call_count == count
 
 
-# --- resume
-
-LORA = {"lora_rank": 4, "lora_dropout": 0.1}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [{"zero_stage": 0}, {"zero_stage": 3}, {"bf16": True}, LORA])
-def test_resumed_is_bit_identical(flags, run, tmp_path, capsys):
-    flags, whole, out = {"max_epochs": 2, **flags}, tmp_path / "whole", tmp_path / "out"
-    assert run(**flags, save_path=str(whole)) == 0
-    with killed_at("save_checkpoint", 2):
-        assert run(**flags, save_steps=2) == "killed"
-    assert run(**flags, save_steps=2) == 0
-    assert f"resume {out}.ckpt/step_2" in capsys.readouterr().out
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    for name in ("step", "loss", "grad_norm", "rewards/margins"):
-        assert metrics_of(out)[name] == metrics_of(whole)[name]
-
-
 # --- rows
-
-
-@pytest.fixture
-def pairs_of(tiny, tokenizer, tmp_path):
-    """pairs_of(rows, **flags): the pairs that are built, each as (prompt, chosen, rejected), what is trained."""
-
-    def build(rows, **flags):
-        paths = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "cache_dir": str(tmp_path)}
-        args = dpo.Args(**{**SETTINGS, "pretrain": tiny, **paths, **flags})
-        tokenizer = dpo.load_tokenizer(tiny, args)
-        table = dpo.load_examples(args.dataset, None, "train", dpo.encode_pair, tokenizer, args)
-        pairs = []
-        for example in dpo.fetch(table, np.arange(len(table))):
-            n_prompt, begin, end = example["ends"]
-            assert (example["trained"] == (np.arange(end) >= n_prompt)).all()  # stored once, not trained
-            parts = np.split(example["input_ids"], [n_prompt, begin])
-            pairs.append([tokenizer.decode(part) for part in parts])
-        return pairs
-
-    return build
 
 
 def said(*contents):
@@ -451,9 +362,13 @@ LAYOUTS = {  # name: (row, flags, prompt, responses where they are not those of 
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts(name, pairs_of):
+def test_layouts(name, tiny, tokenizer):
     row, flags, prompt, *responses = LAYOUTS[name]
-    assert pairs_of([row], **flags) == [[prompt, *(responses or ["river<eos>", "walls<eos>"])]]
+    (pair,) = dpo.encode_pair(row, tokenizer, dpo.Args(pretrain=tiny, dataset="", **flags))
+    n_prompt, begin, end = pair["ends"]
+    assert (pair["trained"] == (np.arange(end) >= n_prompt)).all()  # the prompt is stored once
+    parts = np.split(pair["input_ids"], [n_prompt, begin])
+    assert [*map(tokenizer.decode, parts)] == [prompt, *(responses or ["river<eos>", "walls<eos>"])]
 
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -471,29 +386,14 @@ BAD_INPUT = [  # rows, flags, what the error says
 
 @pytest.mark.parametrize("rows, flags, message", BAD_INPUT)
 def test_bad_input(rows, flags, message, run, tmp_path, capsys):
-    assert run(dataset=write_rows(tmp_path / "rows.jsonl", rows), **flags) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run(dataset=write_rows(tmp_path / "rows.jsonl", rows), **flags)
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
 # --- TRL
 
-TRL = """
-import json, sys
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
-tiny, other, data, out = sys.argv[1:]
-rows, logs = Dataset.from_list([json.loads(line) for line in open(data)]), {}
-for name, options in json.load(open(out)).items():
-    model, ref = (AutoModelForCausalLM.from_pretrained(path, dtype="float32") for path in (tiny, other))
-    args = DPOConfig(out + ".d", per_device_train_batch_size=8, max_steps=1, logging_steps=1, max_length=512, use_cpu=True,
-                     bf16=False, report_to="none", gradient_checkpointing=False, save_strategy="no", **options)
-    trainer = DPOTrainer(model, ref, args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(tiny))
-    trainer.train()
-    logs[name] = trainer.state.log_history[0]
-json.dump(logs, open(out, "w"))
-"""
 TRL_CASES = {  # name: (TRL's options, ours)
     "robust": (ROBUST | {"loss_type": ["robust"]}, ROBUST),
     "hinge": ({"loss_type": ["hinge"]}, {"loss_type": "hinge"}),
@@ -505,17 +405,11 @@ TRL_CASES = {  # name: (TRL's options, ours)
 
 @pytest.mark.slow
 def test_first_step_equals_trl(run, tiny, other, tmp_path):
-    """TRL's DPOTrainer on 8 pairs, in a process of its own."""
-    pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.0 accelerate")
-    pairs, out = write_rows(tmp_path / "pairs.jsonl", make_pairs(8, seed=5)), tmp_path / "trl.json"
-    out.write_text(json.dumps({name: options for name, (options, _) in TRL_CASES.items()}))
-    command = [sys.executable, "-c", TRL, tiny, other, pairs, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, log in json.loads(out.read_text()).items():
-        flags = {"dataset": pairs, "ref_pretrain": other, "max_len": 512, **TRL_CASES[name][1]}
-        assert run(**flags, save_path=str(tmp_path / name)) == 0
-        found = metrics_of(tmp_path / name)
+    pairs = write_rows(tmp_path / "pairs.jsonl", make_pairs(8, seed=5))
+    logs = first_steps("DPO", tiny, other, pairs, {name: theirs for name, (theirs, _) in TRL_CASES.items()})
+    for name, (_, flags) in TRL_CASES.items():
+        paths = {"dataset": pairs, "ref_pretrain": other, "save_path": str(tmp_path / name)}
+        found, log = run(**paths, max_len=512, **flags), logs[name]
         assert found["loss"][0] == pytest.approx(log["loss"], abs=1e-5, rel=1e-6), name
         assert found["grad_norm"][0] == pytest.approx(log["grad_norm"], rel=1e-4), name
         if name not in ("ipo", "length-normalised"):  # TRL logs sums there, we what the loss sees

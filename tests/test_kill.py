@@ -1,10 +1,10 @@
-"""SIGKILL at random moments, to every trainer on two ranks: the same command again ends as if nothing had happened.
+"""Runs that are stopped, and SIGKILL at random moments to every trainer on two ranks: the same command again ends as
+if nothing had happened.
 
 KILLS=20 python -m pytest -m slow tests/test_kill.py kills each trainer so often (default 3). Kills at each rename
 and removal, and those of batch_infer.py and of the loop, are in the tests of these.
 """
 
-import json
 import os
 import random
 import signal
@@ -15,23 +15,39 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import make_rows, write_rows
+from conftest import make_labelled, make_pairs, make_rows, metrics_of, train, weights_of, write_rows
+from launch import load_script
 
 REPO = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("KILLS", "3"))
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def rows_files(tmp_path_factory):
     """{trainer: its rows}."""
-    home, rows = tmp_path_factory.mktemp("rows"), make_rows(41, seed=3)
-    pairs, labelled = [], []
-    for i, (row, other) in enumerate(zip(rows, rows[1:])):
-        pairs.append({"prompt": row["input"], "chosen": row["output"], "rejected": other["output"]})
-        labelled.append({"prompt": row["input"], "completion": row["output"], "label": i % 3 == 0})
-    found = {"sft": rows, "kd": rows, "dpo": pairs, "kto": labelled}
+    home, rows = tmp_path_factory.mktemp("rows"), make_rows(40, seed=3)
+    found = {"sft": rows, "kd": rows, "dpo": make_pairs(40), "kto": make_labelled(40)}
     return {name: write_rows(home / f"{name}.jsonl", rows) for name, rows in found.items()}
+
+
+LORA = {"bf16": True, "lora_rank": 4, "lora_dropout": 0.1}
+RESUMED = [("dpo", LORA), ("kto", {"zero_stage": 0}), ("kd", {"zero_stage": 3, "teacher_topk": 4})]
+
+
+@pytest.mark.parametrize("name, flags", RESUMED)
+def test_resumed_is_bit_identical(name, flags, tiny, other, rows_files, tmp_path, monkeypatch):
+    """Stopped in the second epoch, two steps behind a checkpoint; test_sft.py has the other flags."""
+    script, whole, cut = load_script(name), str(tmp_path / "whole"), str(tmp_path / "cut")
+    flags = {"pretrain": tiny, "dataset": rows_files[name], "max_epochs": 2, **flags}
+    flags |= {"train_batch_size": 10, "save_steps": 3}
+    flags |= {"teacher_model" if name == "kd" else "ref_pretrain": other}
+    wanted = train(script, **flags, save_path=whole)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):
+        patch.setattr(script, "console_line", lambda step, *_: "" if step < 8 else sys.exit("stopped"))
+        train(script, **flags, save_path=cut)
+    found = train(script, **flags, save_path=cut)
+    assert weights_of(cut) == weights_of(whole) and found["step"] == wanted["step"]
+    assert found["loss"] == wanted["loss"] and found["grad_norm"] == wanted["grad_norm"]
 
 
 def command_of(name, zero_stage, model, rows, folder):
@@ -59,12 +75,12 @@ def kill_tree(process):
 
 def result(folder):
     """What a run leaves: the names of its files, the bytes of the weights, the metrics of each step."""
-    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
-    steps = [{k: v for k, v in line.items() if "per_sec" not in k and "peak" not in k} for line in lines]
+    steps = {k: v for k, v in metrics_of(folder / "out").items() if "per_sec" not in k and "peak" not in k}
     names = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*"), *folder.glob("out/*")])
-    return names, (folder / "out/model.safetensors").read_bytes(), steps
+    return names, weights_of(folder / "out"), steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, zero_stage", [("sft", 3), ("dpo", 2), ("kto", 3), ("kd", 2)])
 def test_killed_at_random_moments(name, zero_stage, tiny, rows_files, tmp_path):
     """From the encoding of the rows to the move of the model into place."""

@@ -2,33 +2,21 @@
 take half an hour together, run with `python -m pytest -m loop -n 0`."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model, make_tokenizer, write_rows
+from conftest import console_of, make_model, make_tokenizer, write_rows
 
 REPO = Path(__file__).resolve().parents[1]
 HF = {"GENERATE_FLAGS": "--eval_task generate"}  # starts faster than vLLM, which the first loop uses
 
 
-def run(command, **settings):
-    """Runs a command to its end; its console."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path} | {name: str(value) for name, value in settings.items()}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run([str(word) for word in command], env=environment, text=True, timeout=1800, **pipes)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
 def iterate(out, **settings):
     """Runs iterate.sh; its report, one object per iteration, and its last line."""
-    console = run(["bash", REPO / "iterate.sh"], OUT=out, **settings)
+    console = console_of(["bash", REPO / "iterate.sh"], OUT=out, **settings)
     return json.loads((out / "report.json").read_text()), console.splitlines()[-1]
 
 
@@ -39,11 +27,12 @@ def raft(tmp_path_factory):
     return out, *iterate(out)
 
 
-def on_the_same_toy(raft, folder):
+@pytest.fixture
+def out(raft, tmp_path):
     """A new OUT with the toy that is there already."""
-    folder.mkdir()
-    (folder / "toy").symlink_to(raft[0] / "toy")
-    return folder
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/toy").symlink_to(raft[0] / "toy")
+    return tmp_path / "run"
 
 
 @pytest.mark.slow
@@ -59,11 +48,10 @@ def test_raft_raises_reward_and_truth(raft):
 
 
 @pytest.mark.loop
-def test_a_random_reward_leaves_the_truth_alone(raft, tmp_path):
+def test_a_random_reward_leaves_the_truth_alone(raft, out, tmp_path):
     """The control: trained on the best samples of a reward that knows nothing, the true score hardly moves."""
     reward = "import random\ndef f(prompt, response, row): return random.Random(response).gauss(0, 0.5)\n"
     (tmp_path / "random_reward.py").write_text(reward)
-    out = on_the_same_toy(raft, tmp_path / "run")
     flags = f"--reward_fn {tmp_path}/random_reward.py:f"
     control, _ = iterate(out, RM_FLAGS=flags, TRAINING_ITERS=1, KL=0)
     moved, real = (abs(r[1]["true_score"] - r[0]["true_score"]) for r in (control, raft[1]))
@@ -71,15 +59,13 @@ def test_a_random_reward_leaves_the_truth_alone(raft, tmp_path):
 
 
 @pytest.mark.loop
-def test_iterative_dpo_raises_the_reward(raft, tmp_path):
-    out = on_the_same_toy(raft, tmp_path / "run")
+def test_iterative_dpo_raises_the_reward(out):
     report, verdict = iterate(out, METHOD="iter_dpo", TRAINING_ITERS=2, KL=0, **HF)
     assert verdict.startswith("reward rose: ") and report[-1]["reward"] > report[0]["reward"] + 0.15
 
 
 @pytest.mark.loop
-def test_distillation_lowers_the_divergence_from_the_teacher(raft, tmp_path):
-    out = on_the_same_toy(raft, tmp_path / "run")
+def test_distillation_lowers_the_divergence_from_the_teacher(out):
     report, verdict = iterate(out, METHOD="distill", **HF)
     assert verdict.startswith("kl_teacher fell: "), verdict
     assert report[-1]["kl_teacher"] < 0.3 * report[0]["kl_teacher"]
@@ -87,8 +73,7 @@ def test_distillation_lowers_the_divergence_from_the_teacher(raft, tmp_path):
 
 
 @pytest.mark.loop
-def test_conditional_sft_gives_the_rewards_it_is_asked_for(raft, tmp_path):
-    out = on_the_same_toy(raft, tmp_path / "run")
+def test_conditional_sft_gives_the_rewards_it_is_asked_for(out):
     report, verdict = iterate(out, METHOD="csft", **HF)
     assert [row["asked"] for row in report] == [-1.5, -0.75, 0, 0.75, 1.5]
     slope = np.polyfit([row["asked"] for row in report], [row["achieved"] for row in report], 1)[0]
@@ -109,7 +94,7 @@ def test_raft_on_arithmetic_with_a_python_reward(tmp_path):
     data = write_rows(tmp_path / "sft.jsonl", rows)
     flags = "--no-bf16 --max_len 32 --train_batch_size 128 --micro_train_batch_size 128 --learning_rate 2e-3"
     command = [sys.executable, REPO / "sft.py", *flags.split(), "--max_epochs", 12]
-    run([*command, "--pretrain", init, "--dataset", data, "--save_path", tmp_path / "policy"])
+    console_of([*command, "--pretrain", init, "--dataset", data, "--save_path", tmp_path / "policy"])
     report, verdict = iterate(
         tmp_path / "run",
         POLICY_MODEL_PATH=tmp_path / "policy",

@@ -9,17 +9,15 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_rows, write_rows
+from conftest import console_of, make_model, make_rows, metrics_of, weights_of, write_rows
 from launch import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,12 +75,8 @@ deepspeed() {
 
 
 def run(command, folder, **variables):
-    """The console of a command that must end well; the scripts are found as modules, too."""
-    settings = os.environ | {"PYTHONPATH": str(REPO), "HOME": str(folder)} | variables
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(command, cwd=folder, env=settings, timeout=900, **pipes)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+    """The console of a command; the scripts are found as modules, too."""
+    return console_of(command, folder, PYTHONPATH=REPO, HOME=folder, **variables)
 
 
 def run_block(title, folder, ranks=1, vllm=False):
@@ -97,7 +91,7 @@ def run_block(title, folder, ranks=1, vllm=False):
     assert "openrlhf" not in text.lower() and "llama-2-7b-hf" not in text
     if not vllm or not importlib.util.find_spec("vllm"):
         text = text.replace("--eval_task generate_vllm", "--eval_task generate")
-    run(["bash", "-c", LAUNCHER + text], folder, RANKS=str(ranks))
+    run(["bash", "-c", LAUNCHER + text], folder, RANKS=ranks)
 
 
 def read(path):
@@ -106,11 +100,10 @@ def read(path):
 
 
 def trained(folder, start):
-    """Columns of metrics.jsonl of a finished run whose model is not its start model."""
+    """The metrics of a finished run whose model is not its start model."""
     assert all((folder / name).stat().st_size for name in ("config.json", "tokenizer.json", "args.json"))
-    assert (folder / "model.safetensors").read_bytes() != (start / "model.safetensors").read_bytes()
-    rows = read(folder / "metrics.jsonl")
-    return {name: [row[name] for row in rows] for name in rows[-1]}
+    assert weights_of(folder) != weights_of(start)
+    return metrics_of(folder)
 
 
 @torch.no_grad()
@@ -184,7 +177,7 @@ def test_one_command(title, folder):
 def toy(tmp_path_factory):
     """The toy's policy, reward model and data, under the names that the blocks get."""
     folder = tmp_path_factory.mktemp("toy")
-    subprocess.run([sys.executable, str(REPO / "examples/toy.py"), "--out", str(folder / "toy")], check=True)
+    run([sys.executable, REPO / "examples/toy.py", "--out", "toy"], folder)
     prompts = [{"context_messages": talk(row["prompt"], "")[:1]} for row in read(folder / "toy/prompts.jsonl")]
     write_rows(folder / "prompts.jsonl", prompts)
     talks = [talk(row["input"], row["output"]) for row in read(folder / "toy/sft.jsonl")[:64]]
@@ -259,8 +252,8 @@ def test_trinity_yaml(folder, method, ranks):
     for name in ("human_like_dpo_dataset", "Mixture-of-Thoughts"):
         (folder / "data" / name).mkdir(parents=True)
         write_rows(folder / "data" / name / "train.jsonl", [row] * 32)
-    names = {"TRINITY_MODEL_PATH": str(folder / "policy"), "DATASET_PATH": str(folder / "data")}
-    command = [sys.executable, str(REPO / "examples/trinity.py"), "run", "--config", "x.yaml", "--num_processes", str(ranks)]
+    names = {"TRINITY_MODEL_PATH": folder / "policy", "DATASET_PATH": folder / "data"}
+    command = [sys.executable, REPO / "examples/trinity.py", "run", "--config", "x.yaml", "--num_processes", ranks]
     run(command, folder, **names)
     job = folder / "checkpoints/<project_name>/<experiment_name>"
     assert len(trained(job / "model", folder / "policy")["loss"]) == {"dpo": 8, "sft": 20}[method]

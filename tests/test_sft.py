@@ -4,7 +4,6 @@ What the four trainers share byte for byte is tested here, once. SFT=my_sft.py p
 tests a copy.
 """
 
-import copy
 import dataclasses
 import functools
 import gc
@@ -20,23 +19,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import conftest
 import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
-import tyro
-from conftest import CHAT_TEMPLATE, make_model, make_rows, make_tokenizer, write_rows
+from conftest import CHAT_TEMPLATE, SETTINGS, make_model, make_rows, metrics_of, weights_of, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import load_script
-from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sft = load_script("sft")
 REPO = Path(__file__).resolve().parents[1]
-SETTINGS = {"bf16": False, "train_batch_size": 24, "learning_rate": 1e-3, "lr_scheduler": "constant"}
-SETTINGS |= {"lr_warmup_ratio": 0.0, "max_len": 100}
 MyArgs = dataclasses.make_dataclass("MyArgs", [("my_beta", float, 0.1)], bases=(sft.Args,))  # of a copy
 SPLITS = {
     "micro8": {},
@@ -53,21 +49,6 @@ SPLITS = {
 
 class Killed(BaseException):
     """Stands for SIGKILL in tests that run in one process."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory):
-    """Encoded rows, and what the datasets library keeps, go to a folder of these tests."""
-    SETTINGS["cache_dir"] = str(tmp_path_factory.mktemp("cache"))
-    with mock.patch("datasets.config.HF_DATASETS_CACHE", SETTINGS["cache_dir"]):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def quick_and_clean():
-    """One thread, as more only cost with this model; setup()'s environment variables end with the test."""
-    with mock.patch.dict(os.environ), mock.patch("os.sched_getaffinity", lambda pid: {0}):
-        yield
 
 
 @pytest.fixture
@@ -92,32 +73,14 @@ def make_args(**flags):
     return sft.Args(**{**SETTINGS, "pretrain": "", "dataset": "", **flags})
 
 
-def metrics_of(save_path, name):
-    """The values of a metric, of each logged step that has it."""
-    lines = [json.loads(line) for line in Path(save_path, "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
-
-
-def weights_of(save_path):
-    """The bytes of a saved model's weights."""
-    return Path(save_path, "model.safetensors").read_bytes()
-
-
-def encode_plainly(tokenizer, row):
-    """(ids with EOS, cut at max_len; length of the prompt) by nothing but the tokenizer."""
-    ids = tokenizer(row["input"] + row["output"])["input_ids"] + [tokenizer.eos_token_id]
-    return ids[: SETTINGS["max_len"]], len(tokenizer(row["input"])["input_ids"])
-
-
 def mean_loss(model, rows):
     """Hugging Face's own loss, one forward per row, its prompt masked; per trained token of all rows."""
-    total, n_tokens = 0, 0
+    total = 0
     for ids, n_prompt in rows:
         labels = torch.tensor([[-100] * n_prompt + ids[n_prompt:]])
-        n = len(ids) - n_prompt
-        total = total + model(input_ids=torch.tensor([ids]), labels=labels, use_cache=False).loss * n
-        n_tokens += n
-    return total / n_tokens
+        loss = model(input_ids=torch.tensor([ids]), labels=labels, use_cache=False).loss
+        total = total + loss * (len(ids) - n_prompt)
+    return total / sum(len(ids) - n_prompt for ids, n_prompt in rows)
 
 
 def eager(folder):
@@ -135,33 +98,32 @@ def example_of(ids, n_prompt=0):
 @pytest.fixture(scope="module")
 def reference(tiny, tokenizer, rows_file):
     """Three steps of plain torch: losses, gradient norms, and the loss of all rows before and after."""
-    rows = [encode_plainly(tokenizer, json.loads(line)) for line in open(rows_file)]
+    rows = []  # (ids with EOS, cut at max_len; length of the prompt), by nothing but the tokenizer
+    for row in map(json.loads, open(rows_file)):
+        ids = tokenizer(row["input"] + row["output"])["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((ids[: SETTINGS["max_len"]], len(tokenizer(row["input"])["input_ids"])))
     order = sft.epoch_order(np.array([len(ids) for ids, _ in rows]), 42, 0)
     model = eager(tiny)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    result = SimpleNamespace(rows=rows, loss=[], grad_norm=[], eval_loss=[mean_loss(model, rows).item()])
+    metrics = {"loss": [], "grad_norm": [], "eval/loss": [mean_loss(model, rows).item()]}
     for begin in (0, 24, 48):
         loss = mean_loss(model, [rows[i] for i in order[begin : begin + 24]])
         optimizer.zero_grad()
         loss.backward()
-        result.loss.append(loss.item())
-        result.grad_norm.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        metrics["loss"].append(loss.item())
+        metrics["grad_norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
-    result.eval_loss.append(mean_loss(model, rows).item())
-    return result
+    metrics["eval/loss"].append(mean_loss(model, rows).item())
+    return SimpleNamespace(rows=rows, metrics=metrics)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny, rows_file, tmp_path_factory):
-    """Folder with the results of all SPLITS on two ranks, started once."""
+    """Folder with the results of all SPLITS on two ranks."""
     out = tmp_path_factory.mktemp("two_ranks")
     paths = {"pretrain": tiny, "dataset": rows_file, "eval_dataset": rows_file, "eval_split": "train"}
-    configs = [{**SETTINGS, **paths, **flags, "save_path": str(out / name)} for name, flags in SPLITS.items()]
-    (out / "configs.json").write_text(json.dumps(configs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(REPO / "tests/launch.py"), "sft", str(out / "configs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    configs = [{**paths, **flags, "save_path": str(out / name)} for name, flags in SPLITS.items()]
+    conftest.launch("sft", configs, out)
     return out
 
 
@@ -174,12 +136,12 @@ def test_a_step_equals_plain_torch(name, ranks, reference, request, rows_file, r
         assert run(**SPLITS[name], eval_dataset=rows_file, eval_split="train") == 0
     else:
         out = request.getfixturevalue("two_ranks") / name
-    for metric in ("loss", "grad_norm", "eval/loss"):
-        expected = getattr(reference, metric.replace("/", "_"))
-        assert metrics_of(out, metric) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    found = metrics_of(out)
+    for metric, expected in reference.metrics.items():
+        assert found[metric] == pytest.approx(expected, rel=1e-5, abs=1e-5)
     with torch.no_grad():
-        found = mean_loss(eager(out), reference.rows).item()
-    assert found == pytest.approx(reference.eval_loss[1], rel=0, abs=1e-5)
+        trained = mean_loss(eager(out), reference.rows).item()
+    assert trained == pytest.approx(found["eval/loss"][1], rel=0, abs=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
@@ -273,13 +235,17 @@ def test_learning_rate_by_hand(tiny, monkeypatch):
     assert rates("cosine_with_min_lr") == pytest.approx([1.0, 2.0, *(0.2 + 0.9 * c for c in cosine)])
 
 
-def test_checkpointed_layers_are_computed_again(tiny, monkeypatch):
-    """In the backward pass, from the first step on."""
+def test_the_engine_trains(tokenizer, tmp_path, monkeypatch):
+    """Checkpointed layers are computed again in the backward pass; no dropout is left in eager attention."""
     monkeypatch.setattr(sft.deepspeed, "initialize", lambda model, **rest: [model])
+    folder = make_model(tmp_path / "model", tokenizer, attention_dropout=0.5)
+    pack = sft.pack_rows([example_of(range(5, 25))], "cpu")
     for checkpointing, calls in ((False, 2), (True, 4)):
-        model = sft.start_engine(make_args(pretrain=tiny, gradient_checkpointing=checkpointing), 1)
+        args = make_args(pretrain=folder, gradient_checkpointing=checkpointing, bf16=False)
+        model = sft.start_engine(args, 1)
+        sft.check_attention(model, pack, [pack], args)
         with mock.patch.object(sft, "attend", wraps=sft.attend) as spy:
-            model(sft.pack_rows([example_of([5, 6, 7])], "cpu")).sum().backward()
+            model(pack).sum().backward()
         assert spy.call_count == calls
 
 
@@ -325,10 +291,8 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "ShareGPT": ({"conversations": SHAREGPT}, {}, PROMPT, ["walls<eos>"]),
     "a turn behind the last answer": ({"messages": [*CHAT, CHAT[0]]}, {}, PROMPT, ["walls<eos>"]),
     "system": ({"messages": [SYSTEM, *CHAT[:2]]}, {}, f"<|system|>be old<eos>\n{FIRST}", ["river<eos>"]),
-    "empty system": ({"messages": [SYSTEM | {"content": ""}, *CHAT[:2]]}, {}, f"<|system|><eos>\n{FIRST}", ["river<eos>"]),
     "text in the chat template": (QA | {"input": "red?"}, CHAT_FLAG, FIRST, [" old<eos>"]),
     "two columns of messages": ({"prompt": CHAT[:3], "completion": CHAT[3:]}, {}, PROMPT, ["walls<eos>"]),
-    "text and messages": ({"prompt": "red?", "response": CHAT[1:2]}, {}, FIRST, ["river<eos>"]),
     "Alpaca": ({"instruction": "say", "input": "red", "output": " old"}, {}, "say\n\nred", [" old<eos>"]),
     "Alpaca without input": ({"instruction": "say", "input": "", "output": " old"}, {}, "say", [" old<eos>"]),
     "one column": ({"text": "the red river"}, {}, "the", [" red river<eos>"]),
@@ -367,7 +331,7 @@ def with_bos(tmp_path_factory):
     """A model whose tokenizer puts BOS in front and EOS behind, and whose chat template writes BOS itself."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = make_tokenizer(chat_template="{{ '<bos>' }}" + CHAT_TEMPLATE)
+    tokenizer = conftest.make_tokenizer(chat_template="{{ '<bos>' }}" + CHAT_TEMPLATE)
     ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
     frame = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
     tokenizer.backend_tokenizer.post_processor = frame
@@ -432,13 +396,11 @@ def test_formats(examples_of, tmp_path):
     write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
     table.to_csv(tmp_path / "rows.csv")
-    table.to_parquet(tmp_path / "rows.parquet")
     table.to_parquet(tmp_path / "folder/train.parquet")
     table.save_to_disk(tmp_path / "disk")
     datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "parts")
-    (arrow,) = (tmp_path / "disk").glob("*.arrow")
-    names = f"rows.jsonl rows.json rows.csv rows.parquet folder disk disk/{arrow.name} parts".split()
-    found = [examples_of(tmp_path / name)["input_ids"][:] for name in names]
+    names = "rows.jsonl rows.json rows.csv folder folder/train.parquet disk disk/*.arrow parts".split()
+    found = [examples_of(*tmp_path.glob(name))["input_ids"][:] for name in names]
     assert len(found[0]) == 5 and all(ids == found[0] for ids in found)
     assert examples_of(tmp_path / "parts", dataset_split="test")["input_ids"][:] == found[0][:1]
 
@@ -513,35 +475,26 @@ MAKERS = {"tied": make_model, "untied": UNTIED, "GPT-2": make_gpt2}
 @pytest.mark.parametrize("zero_stage", [2, 3])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_saved_model_is_the_trained_one(kind, zero_stage, lora_rank, tokenizer, run, tmp_path, monkeypatch):
-    """Same log-probs as the engine had; LoRA merged as PEFT does it; the files of a Hugging Face folder."""
-    start, out, save_model = tmp_path / "start", tmp_path / "out", sft.save_model
+    """Same log-probs as the engine had, LoRA merged; the files of a Hugging Face folder."""
+    start, out, save_model, trained = tmp_path / "start", tmp_path / "out", sft.save_model, []
     MAKERS[kind](start, tokenizer)
-    pack, trained = sft.pack_rows([example_of(range(60), 30)], "cpu"), SimpleNamespace(merged={})
+    pack = sft.pack_rows([example_of(range(60), 30)], "cpu")
 
     def spy(engine, *rest):
         engine.eval()
         with torch.no_grad():
-            trained.logps = engine(pack)
-        if lora_rank and zero_stage < 3:
-            model = copy.deepcopy(engine.module.model)
-            layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-            for layer in layers:
-                layer.merge()
-            trained.merged = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+            trained.append(engine(pack))
         save_model(engine, *rest)
 
     monkeypatch.setattr(sft, "save_model", spy)
     assert run(pretrain=str(start), max_steps=2, zero_stage=zero_stage, lora_rank=lora_rank) == 0
     model, before = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (out, start))
     logps = model(input_ids=pack["input_ids"]).logits[0, 29:59].log_softmax(-1)
-    assert torch.allclose(logps.gather(1, pack["targets"][:, None])[:, 0], trained.logps, rtol=0, atol=1e-5)
+    assert torch.allclose(logps.gather(1, pack["targets"][:, None])[:, 0], trained[0], rtol=0, atol=1e-5)
     weights, before = model.state_dict(), before.state_dict()
     assert model.dtype == torch.float32 and weights.keys() == before.keys()
     matrices = [name for name in before if "mlp" in name and before[name].dim() == 2]
     assert matrices and not any(torch.equal(weights[name], before[name]) for name in matrices)
-    for name in weights if trained.merged else ():
-        value = trained.merged[name]
-        assert torch.allclose(weights[name], value, rtol=0, atol=1e-6), name
     files = {path.name for path in out.iterdir()}
     assert files >= {"config.json", "generation_config.json", "tokenizer.json", "args.json", "metrics.jsonl"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "start"]
@@ -549,32 +502,7 @@ def test_saved_model_is_the_trained_one(kind, zero_stage, lora_rank, tokenizer, 
     assert json.loads((out / "args.json").read_text())["max_steps"] == 2
 
 
-def test_no_dropout_is_left(tmp_path):
-    """OPT and others call F.dropout with a number of their own."""
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
-    config = transformers.OPTConfig(**sizes, vocab_size=90, num_attention_heads=2, dropout=0.5, layerdrop=0.5)
-    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
-    model = sft.LogProbs(sft.load_model(str(tmp_path / "opt"), make_args())).train()
-    assert len({model(sft.pack_rows([example_of([5, 6, 7])], "cpu")).sum().item() for _ in range(5)}) == 1
-
-
 # --- runs: what is done is not done again, what is another run never touches it
-
-
-def test_every_other_flag_belongs_to_the_identity(tmp_path, monkeypatch):
-    """A copy's own flags as well, and the number of ranks."""
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    args = MyArgs(pretrain="", dataset="")
-    (tmp_path / "args.json").write_text(json.dumps(sft.identify(args)))
-    for name in dataclasses.asdict(args):
-        with monkeypatch.context() as patch:
-            patch.setattr(args, name, "other")
-            changed = sft.difference(tmp_path, sft.identify(args))
-        named = changed.partition(" changed")[0].split(", ")
-        assert (name in named) != (name in sft.FREE_FLAGS), name
-    assert sft.difference(tmp_path, sft.identify(args)) == ""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert sft.difference(tmp_path, sft.identify(args)).startswith("ranks changed. ")
 
 
 def die_at_move(n, folder, patch):
@@ -620,6 +548,9 @@ def test_another_run_is_named(complete, tiny, run, tmp_path, monkeypatch, capsys
         assert run(MyArgs, **flags, logging_steps=5) == 0  # decides nothing
         assert "nothing to do" in capsys.readouterr().out and snapshot(folder) == before
     assert changes(learning_rate=2e-3, my_beta=0.2) == "learning_rate, my_beta"
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert changes() == "ranks"
     with monkeypatch.context() as patch:
         edit(patch, "-per_token_logps.sum()", tmp_path)
         assert changes() == "script"
@@ -686,28 +617,20 @@ def test_killed_at_every_move(place, flags, stride, in_place, run, tmp_path, mon
         transformers.set_seed(n)  # of another process
         assert code == "killed" and run(**flags) == 0
         assert weights_of(home / "out") == weights_of(whole)
-        for name in ("step", "loss", "grad_norm", "lr"):
-            assert metrics_of(home / "out", name) == metrics_of(whole, name)
+        found, wanted = metrics_of(home / "out"), metrics_of(whole)
+        assert all(found[name] == wanted[name] for name in ("step", "loss", "grad_norm", "lr"))
         assert [path.name for path in home.iterdir()] == ["out"]
     said = capsys.readouterr().out
     assert n > 12 and "resume " in said and "nothing to do" in said
     if flags.get("lr_scheduler"):  # --max_steps ends the schedule too
-        assert metrics_of(whole, "lr") == pytest.approx([1e-3 * i / 5 for i in (4, 3, 2, 1)])
+        assert metrics_of(whole)["lr"] == pytest.approx([1e-3 * i / 5 for i in (4, 3, 2, 1)])
 
 
-def test_numbers_that_are_not_finite_stop(run, tmp_path, monkeypatch, capsys):
+def test_numbers_that_are_not_finite_stop(run, tmp_path, capsys):
     """The step's first row is named; nothing of the run is saved."""
-    real, calls = sft.sft_step, itertools.count(1)
-
-    def broken_step(*inputs):
-        return real(*inputs) | ({"loss": math.nan} if next(calls) == 4 else {})
-
-    monkeypatch.setattr(sft, "sft_step", broken_step)
-    assert run(train_batch_size=7) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert (
-        "step 4 is not finite: {'loss': nan" in line and "its first row is" in line and "rows.jsonl:" in line
-    )
+    assert run(learning_rate=1e30) == 2
+    found = capsys.readouterr().err
+    assert re.search(r"error: step 2 is not finite: .*nan.*its first row is .*rows\.jsonl:", found), found
     assert not (tmp_path / "out").exists()
 
 
@@ -728,8 +651,6 @@ def test_python_without_launcher(tiny, rows_file, tmp_path):
 GOOD = json.dumps(QA) + "\n"
 REWRITES = {"tokenizer_chat_template": "{{ messages | length }}" + CHAT_TEMPLATE}
 STRICT = {"tokenizer_chat_template": "{{ raise_exception('roles must alternate') }}"}
-BROKEN = {"tokenizer_chat_template": "{% for"}
-TWICE = "rows.jsonl,rows.jsonl"
 
 
 def chat_row(*messages):
@@ -739,17 +660,12 @@ def chat_row(*messages):
 BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     # --- files
     "missing file": ({"dataset": "none.jsonl"}, GOOD, ["none.jsonl", "Unable to find"]),
-    "missing folder": ({"dataset": "none/at-all"}, GOOD, ["none/at-all"]),
-    "missing eval file": ({"eval_dataset": "none.jsonl"}, GOOD, ["none.jsonl"]),
     "empty file": ({}, "", ["rows.jsonl", "at least one example"]),
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
-    "row is a list": ({}, GOOD + "[1, 2]\n", [r"rows\.jsonl:2"]),
-    "not UTF-8": ({}, GOOD + '{"input": "caf\xe9"}\n', [r"rows\.jsonl", "utf-8"]),
     # --- columns and values
     "missing column": ({"input_key": "prompt"}, GOOD, ["no column prompt", "--input_key.* input, output"]),
     "unknown columns": ({}, '{"a": "x", "b": "y"}\n', ["rows.jsonl:1", "known layout", "--input_key.* a, b"]),
     "null": ({}, GOOD + GOOD.replace('"red"', "null"), [r"rows\.jsonl:2", "neither text"]),
-    "null is no word": ({}, '{"instruction": null, "input": "red", "output": "old"}\n', ["neither text"]),
     "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
     "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "nothing to train within max_len"]),
     # --- conversations
@@ -758,19 +674,16 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "template refuses": (STRICT, chat_row(*CHAT[:2]), ["roles must alternate"]),
     "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
     "template rewrites an answer": (FORGETS | {"multiturn": True}, chat_row(*THINKING), ["rewrites earlier turns"]),
-    "template is broken": (BROKEN, chat_row(*CHAT[:2]), ["expected token|end of"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT[:2]), ["chat template|chat_template"]),
     "no template for text": (CHAT_FLAG | {"pretrain": "plain"}, GOOD, ["--tokenizer_chat_template"]),
     # --- models and outputs
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder nor"]),
-    "no config": ({"pretrain": "no_config"}, GOOD, ["no_config"]),
     "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
     "too few positions": ({"max_len": 200}, GOOD, ["--max_len 200", "--max_len 128", "config.json"]),
     "folder of another run": ({"save_path": "other"}, GOOD, ["--save_path other", "another model", "folder"]),
     "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path rows.jsonl/out", "Not a directory"]),
     # --- flags
     "train_batch_size": ({"train_batch_size": 0}, GOOD, ["--train_batch_size must be 1 or more, not 0"]),
-    "probs are few": ({"dataset": TWICE, "dataset_probs": "1"}, GOOD, ["--dataset_probs 1", "2 datasets"]),
 }  # fmt: skip
 
 
@@ -779,10 +692,9 @@ def home(tmp_path_factory, tokenizer):
     """A folder with models that lack something, and with one of another run."""
     home = tmp_path_factory.mktemp("bad_input")
     make_model(home / "model", tokenizer, max_position_embeddings=128)
-    for name in ("plain", "no_config", "other", "small"):
+    for name in ("plain", "other", "small"):
         shutil.copytree(home / "model", home / name)
     (home / "plain/chat_template.jinja").unlink()
-    (home / "no_config/config.json").unlink()
     config = (home / "small/config.json").read_text()
     (home / "small/config.json").write_text(config.replace('"vocab_size": 512', '"vocab_size": 100'))
     return home
@@ -792,20 +704,13 @@ def home(tmp_path_factory, tokenizer):
 def test_bad_input(name, home, run, monkeypatch, capfd):
     flags, content, patterns = BAD_INPUT[name]
     monkeypatch.chdir(home)
-    Path("rows.jsonl").write_text(content, encoding="latin-1")
+    Path("rows.jsonl").write_text(content)
     monkeypatch.setattr(sft, "load_model", lambda *args: pytest.fail("a model was loaded"))
     capfd.readouterr()
     assert run(**{"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", **flags}) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(line) < 700 and not Path("out").exists()
     assert not [pattern for pattern in patterns if not re.search(pattern, line)], line
-
-
-@pytest.mark.parametrize("word, named", [("--learning_rat=1", "--learning_rate"), ("--zero_stage=4", "'4'")])
-def test_flags_that_tyro_refuses(word, named, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        tyro.cli(sft.Args, args=["--pretrain", "x", "--dataset", "y", word], use_underscores=True)
-    assert named in capsys.readouterr().err
 
 
 def test_cache_dir_that_cannot_be_written(rows_file, run, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """examples/trinity.py: keys to flags, what stops, what is only noted. Nothing is trained here; test_seeds.py does."""
 
-import copy
 import os
 import shlex
 import sys
@@ -8,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import tyro
-import yaml
 from launch import load_script
+from omegaconf import OmegaConf
 
 REPO = Path(__file__).resolve().parents[1]
 trinity = load_script("examples/trinity")
@@ -33,17 +32,11 @@ SFT = {"algorithm": {"algorithm_type": "sft"}}
 
 
 def changed(changes):
-    """DPO with {"dotted.key": value}, nested; None is as good as left out."""
-    config = {}
+    """DPO with {"dotted.key": value}, as YAML; None is as good as left out."""
+    config = OmegaConf.create()
     for key, value in [*DPO.items(), *changes.items()]:
-        *parents, last = key.split(".")
-        inner = config
-        for name in parents:
-            if not isinstance(inner.get(name), dict):
-                inner[name] = {}
-            inner = inner[name]
-        inner[last] = copy.deepcopy(value)
-    return config
+        OmegaConf.update(config, key, value, merge=False)
+    return OmegaConf.to_yaml(config)
 
 
 @pytest.fixture
@@ -53,7 +46,7 @@ def show(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
     def run(config, *options):
-        text = config if isinstance(config, str) else yaml.safe_dump(changed(config))
+        text = config if isinstance(config, str) else changed(config)
         Path("x.yaml").write_text(text)
         trinity.main(["run", "--config", "x.yaml", "--print", *options])
         console = capsys.readouterr().out
@@ -121,17 +114,14 @@ def test_interpolation_and_variables(show, monkeypatch):
     "config, message",
     [
         ({f"{OPTIMIZER}.learning_rate": 1}, f"{OPTIMIZER}.learning_rate: is not known: write {OPTIMIZER}."),
-        ({"trainer.save_intervall": 1}, "trainer.save_intervall: is not known: write trainer.save_interval, or"),
         ({"algorithm.algorithm_type": "grpo"}, "algorithm.algorithm_type: is grpo: write dpo or sft"),
         ({f"{DATA}.path": "$NOT_SET_HERE/x"}, f"{DATA}.path: $NOT_SET_HERE/x: export NOT_SET_HERE="),
         ({f"{DATA}.path": None}, f"{DATA}.path: is missing"),
         ({"model.model_path": "${oc.env:NOT_SET_HERE}"}, "model.model_path: Environment variable 'NOT_SET_HERE' not found"),
         ({"buffer.train_batch_size": None}, "buffer.train_batch_size: write the number of rows"),
-        ({"model.max_model_len": "long"}, "model.max_model_len: is long: write a whole number"),
         ({"model.temperature": 0.7}, "model.temperature: is 0.7: write 1"),
         ({f"{VERL}.actor.optim.lr": 1e-4}, "actor.optim.lr: is 0.0001: write it into algorithm.optimizer"),
         ("- 1", "holds no settings"),
-        ("a: [", "is no YAML"),
     ],
 )  # fmt: skip
 def test_bad_file_stops_in_one_line(show, capsys, config, message):
