@@ -108,12 +108,12 @@ class Args:
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
     packing_samples: bool = False  # fill each forward pass to micro_train_batch_size x max_len tokens instead
-    zero_stage: Literal[0, 1, 2, 3] = 2  # shard over ranks: 1 optimiser state, 2 gradients too, 3 weights too
+    zero_stage: Literal[0, 1, 2, 3] = 2  # sharded over ranks: 0 and 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
 
     eval_dataset: str | None = None  # held-out rows, given as --dataset; no evaluation without it
     eval_split: str = "test"  # split of --eval_dataset, where it has splits
-    eval_steps: int = -1  # evaluate every this many steps; -1 = at the end of each epoch; always at step 0
+    eval_steps: int = -1  # evaluate every this many steps, -1 = each epoch; always at the start and the end
     logging_steps: int = 1  # log every this many steps
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
@@ -879,7 +879,9 @@ def identify(args):
 def difference(folder, identity):
     """In words, what makes this another run than the one that made the folder; "" if nothing does."""
     path = Path(folder, "args.json")
-    record = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return "it has no args.json"
+    record = json.loads(path.read_text())
     changed = [key for key, value in identity.items() if record.get(key) != value]
     return f"{', '.join(changed)} changed. If that is harmless, edit {path}" if changed else ""
 
