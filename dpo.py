@@ -114,7 +114,7 @@ class Args:
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
     packing_samples: bool = False  # fill each forward pass to micro_train_batch_size x max_len tokens instead
-    zero_stage: Literal[0, 1, 2, 3] = 2  # sharded over ranks: 0 and 1 optimiser state, 2 gradients too, 3 weights too
+    zero_stage: Literal[0, 1, 2, 3] = 2  # sharded: 0 and 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
 
     eval_dataset: str | None = None  # held-out rows, given as --dataset; no evaluation without it
@@ -143,6 +143,8 @@ class Args:
         if self.use_wandb and not transformers.integrations.is_wandb_available():
             note("notice wandb is not installed: metrics are in metrics.jsonl only")
             self.use_wandb = None
+        if self.ipo and self.loss_type not in ("sigmoid", "ipo"):
+            die("--ipo is --loss_type ipo: leave one of the two out")
         self.loss_type = "ipo" if self.ipo else self.loss_type
         if self.loss_type not in LOSSES:
             die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
@@ -430,9 +432,10 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     options = (split, encode_row, tokenizer, config.vocab_size, args)
     tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
-            die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
+        try:
+            shares = [float(share) for share, _ in zip(probs.split(","), tables, strict=True)]
+        except ValueError:
+            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
         sizes = [len(table) for table in tables]
         for i, share in enumerate(shares):
             tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
@@ -618,18 +621,19 @@ def pair_loss(chosen, rejected, args):
 
     chosen, rejected [B], nats, sums or means: log pi - log ref, or log pi for a loss without a reference.
     """
-    h = args.beta * (chosen - rejected)
-    noise = args.label_smoothing
+    h = chosen - rejected
+    beta, noise = args.beta, args.label_smoothing
     if args.loss_type == "sigmoid":
-        return -(1 - noise) * F.logsigmoid(h) - noise * F.logsigmoid(-h)
+        return -(1 - noise) * F.logsigmoid(beta * h) - noise * F.logsigmoid(-beta * h)
     if args.loss_type == "robust":
-        return (-(1 - noise) * F.logsigmoid(h) + noise * F.logsigmoid(-h)) / (1 - 2 * noise)
+        return (-(1 - noise) * F.logsigmoid(beta * h) + noise * F.logsigmoid(-beta * h)) / (1 - 2 * noise)
     if args.loss_type == "hinge":
-        return F.relu(1 - h)
+        return F.relu(1 - beta * h)
     if args.loss_type == "ipo":
-        return (chosen - rejected - 1 / (2 * args.beta)) ** 2
+        return (h - 1 / (2 * beta)) ** 2
     if args.loss_type == "simpo":
-        return -F.logsigmoid(h - args.simpo_gamma)
+        return -F.logsigmoid(beta * h - args.simpo_gamma)
+    raise NotImplementedError(args.loss_type)
 
 
 def pair_logps(engine, examples):
@@ -648,6 +652,7 @@ def dpo_step(engine, examples, ref_logps, args, train=True):
     sizes = np.array([example["sizes"] for example in examples])  # [B, 2]
     n_chosen, n_rejected = sizes.sum(0).tolist()
     passes = split_step([example["length"] for example in examples], args, n_responses=2)
+    engine.train(train)
     totals = 0
     for i, (members, weight) in enumerate(passes):
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
@@ -756,12 +761,15 @@ def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    options["output_loading_info"] = True
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except OSError as e:
+        die(f"model {path!r} cannot be loaded: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        # of nn.Dropout; for F.dropout
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     try:
@@ -803,7 +811,7 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model).train()  # as loaded, a model is in eval mode: nothing would be checkpointed
+    wrapped = wrapper(model).eval()  # the step changes it to training, where it checkpoints and drops out
     return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
@@ -811,7 +819,7 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 def check_attention(engine, pack, alone, args):
     """Stops unless a pack has the log-probs that eager attention gives to each of its sequences alone."""
     wrapper = getattr(engine, "module", engine)
-    found = wrapper(pack)  # with dropout of LoRA, too: a new adapter adds nothing yet
+    found = wrapper(pack)
     wrapper.model.set_attn_implementation("eager")
     expected = torch.cat([wrapper(pack) for pack in alone])
     wrapper.model.set_attn_implementation("packed")
@@ -853,7 +861,8 @@ def reference_logps(table, args, device):
     if "reference" not in LOSSES[args.loss_type]:
         return np.zeros((len(table), 2))
     path = args.ref_pretrain or args.pretrain
-    decides = json.dumps([table._fingerprint, path, stamp(path), args.bf16])
+    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # all that computes log-probs
+    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16])
     file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
@@ -933,8 +942,8 @@ def open_run(args, identity):
         shutil.rmtree(args.ckpt_path, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
-    if os.path.ismount(target):  # it could not be replaced when the model is there
-        die(f"--save_path {target} is a mount point: name a folder inside it")
+    if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
+        die(f"--save_path {target} is a mount point or a file: name a folder")
     in_place = target.resolve() == Path(args.pretrain).resolve()
     if (target / "config.json").exists() and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
@@ -1097,9 +1106,7 @@ def main(args):
     report = open_log(args, start_step, total_steps)
 
     def evaluate():
-        engine.eval()
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
-        engine.train()
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if held_out and start_step == 0:

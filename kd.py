@@ -110,7 +110,7 @@ class Args:
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
     packing_samples: bool = False  # fill each forward pass to micro_train_batch_size x max_len tokens instead
-    zero_stage: Literal[0, 1, 2, 3] = 2  # sharded over ranks: 0 and 1 optimiser state, 2 gradients too, 3 weights too
+    zero_stage: Literal[0, 1, 2, 3] = 2  # sharded: 0 and 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
 
     eval_dataset: str | None = None  # held-out rows, given as --dataset; no evaluation without it
@@ -395,9 +395,10 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     options = (split, encode_row, tokenizer, config.vocab_size, args)
     tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
-            die(f"--dataset_probs {probs}: not one share for each of {len(tables)} datasets")
+        try:
+            shares = [float(share) for share, _ in zip(probs.split(","), tables, strict=True)]
+        except ValueError:
+            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
         sizes = [len(table) for table in tables]
         for i, share in enumerate(shares):
             tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
@@ -638,6 +639,7 @@ def kd_step(engine, teacher, examples, args, train=True):
     """
     n_tokens = int(sum(example["n_trained"] for example in examples))
     passes = split_step([example["length"] for example in examples], args)
+    engine.train(train)
     totals = torch.zeros(3, device=engine.device)
     for i, (members, weight) in enumerate(passes):
         batch = [examples[j] for j in members]
@@ -728,12 +730,15 @@ def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
     transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    options["output_loading_info"] = True
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except OSError as e:
+        die(f"model {path!r} cannot be loaded: {str(e).splitlines()[0]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        # of nn.Dropout; for F.dropout
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     try:
@@ -775,7 +780,7 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model).train()  # as loaded, a model is in eval mode: nothing would be checkpointed
+    wrapped = wrapper(model).eval()  # the step changes it to training, where it checkpoints and drops out
     return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
@@ -783,7 +788,7 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 def check_attention(engine, pack, alone, args):
     """Stops unless a pack has the log-probs that eager attention gives to each of its sequences alone."""
     wrapper = getattr(engine, "module", engine)
-    found = wrapper(pack)  # with dropout of LoRA, too: a new adapter adds nothing yet
+    found = wrapper(pack)
     wrapper.model.set_attn_implementation("eager")
     expected = torch.cat([wrapper(pack) for pack in alone])
     wrapper.model.set_attn_implementation("packed")
@@ -828,8 +833,10 @@ def teacher_topk(table, vocab_size, args, device):
     They are computed once, a step's worth of examples at a time, and kept in --cache_dir.
     """
     path, width = args.teacher_model, 2 * min(args.teacher_topk, vocab_size) + 1
-    decides = json.dumps([table._fingerprint, path, stamp(path), args.bf16, width, args.kd_temperature])
-    file = Path(args.cache_dir, f"topk-{hashlib.sha256(decides.encode()).hexdigest()[:32]}")
+    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # all that computes the rows
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    file = Path(args.cache_dir, f"topk-{key}")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -914,8 +921,8 @@ def open_run(args, identity):
         shutil.rmtree(args.ckpt_path, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
-    if os.path.ismount(target):  # it could not be replaced when the model is there
-        die(f"--save_path {target} is a mount point: name a folder inside it")
+    if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
+        die(f"--save_path {target} is a mount point or a file: name a folder")
     in_place = target.resolve() == Path(args.pretrain).resolve()
     if (target / "config.json").exists() and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
@@ -1084,9 +1091,7 @@ def main(args):
     report = open_log(args, start_step, total_steps)
 
     def evaluate():
-        engine.eval()
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
-        engine.train()
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if held_out and start_step == 0:

@@ -235,18 +235,14 @@ def test_learning_rate_by_hand(tiny, monkeypatch):
     assert rates("cosine_with_min_lr") == pytest.approx([1.0, 2.0, *(0.2 + 0.9 * c for c in cosine)])
 
 
-def test_the_engine_trains(tokenizer, tmp_path, monkeypatch):
-    """Checkpointed layers are computed again in the backward pass; no dropout is left in eager attention."""
-    monkeypatch.setattr(sft.deepspeed, "initialize", lambda model, **rest: [model])
-    folder = make_model(tmp_path / "model", tokenizer, attention_dropout=0.5)
-    pack = sft.pack_rows([example_of(range(5, 25))], "cpu")
-    for checkpointing, calls in ((False, 2), (True, 4)):
-        args = make_args(pretrain=folder, gradient_checkpointing=checkpointing, bf16=False)
-        model = sft.start_engine(args, 1)
-        sft.check_attention(model, pack, [pack], args)
+def test_checkpointed_layers_are_computed_again(run, tmp_path):
+    """In the backward pass, from the first step on."""
+    data, calls = write_rows(tmp_path / "rows.jsonl", make_rows(5)), []
+    for checkpointing in (False, True):
         with mock.patch.object(sft, "attend", wraps=sft.attend) as spy:
-            model(pack).sum().backward()
-        assert spy.call_count == calls
+            assert run(dataset=data, gradient_checkpointing=checkpointing, save_path=f"{tmp_path}/{checkpointing}") == 0
+        calls.append(spy.call_count - 4)  # of the check at the start: two rows, two layers
+    assert calls == [10, 20]
 
 
 def test_the_longest_example_is_first():
