@@ -83,14 +83,17 @@ class Args:
     top_k: int = 0  # sample from this many most likely tokens; 0 = all
     repetition_penalty: float = 1.0  # weakens logits of tokens that prompt or sample have already; 1 = off
     greedy_sampling: bool = False  # always take the likeliest token
+    stop: tuple[str, ...] = ()  # one or more texts that end a sample; they are not part of it
     seed: int = 42  # of the samples
     csft_prompt: float | None = None  # ask for this {reward}, with the --reward_template that csft had
-    reward_fn: str = ""  # FILE.py:NAME, a function (prompt, response, row) -> number, in place of a model
-    reward_timeout: float = 10.0  # seconds that a call of --reward_fn may take; without an answer: null
+    # in place of a model, functions (prompt, response, row) -> number: list of FILE.py:NAME[=WEIGHT], summed
+    reward_fn: str = ""
+    reward_timeout: float = 10.0  # seconds that --reward_fn may take for a row; without an answer: null
     # what becomes of the rows: rs = best of a prompt, iter_dpo = best against worst, csft = all, conditioned
     post_processor: Literal["rs", "iter_dpo", "csft", "null"] = "null"
     rs_top_k: int = 1  # rs: keep this many of the best samples of each prompt
     min_reward: float | None = None  # rs: keep no sample with a lower reward
+    drop_all_equal: bool = False  # rs: leave out prompts whose samples all have the same reward
     min_margin: float = 0.0  # iter_dpo: the rewards of a pair differ by more than this
     reward_template: str = "{input} <rm_score>: {reward} "  # csft: the user's text; {reward} has two decimals
     normalize_reward: bool = False  # csft: {reward} is (reward - mean) / std over all rows
@@ -123,6 +126,7 @@ class Args:
         # A shell leaves two characters of "\\n".
         self.reward_template = self.reward_template.replace("\\n", "\n")
         self.input_template = (self.input_template or "").replace("\\n", "\n")
+        self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if self.input_template and "{}" not in self.input_template:
@@ -186,7 +190,7 @@ def open_rows(name, split, cache_dir=None):
         die(f"dataset {name!r}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
 
 
-def choose_keys(row, args):
+def choose_columns(row, args):
     """(prompt column, response column or None) of a row."""
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
@@ -520,14 +524,16 @@ def make_seed(args, key):
     return int.from_bytes(digest[:7], "big")
 
 
-def read_sample(prompt, sampled, tokenizer, stop_ids):
+def read_sample(prompt, sampled, tokenizer, stop_ids, args):
     """The result of a sample. sampled: its token ids; what follows the first stop token is padding."""
     end = next((i for i, token in enumerate(sampled) if token in stop_ids), len(sampled))
     context = prompt[-16:]  # decoded too, as some tokenizers drop a blank at the start of a text
     before = tokenizer.decode(context, clean_up_tokenization_spaces=False)
     text = tokenizer.decode(context + sampled[:end], clean_up_tokenization_spaces=False)
-    reason = "stop" if end < len(sampled) else "length"
-    return {"output": text[len(before) :], "finish_reason": reason, "tokens": end}
+    output = text[len(before) :]
+    cuts = [output.index(stop) for stop in args.stop if stop in output]
+    reason = "stop" if cuts or end < len(sampled) else "length"
+    return {"output": output[: min(cuts, default=None)], "finish_reason": reason, "tokens": end}
 
 
 @torch.inference_mode()
@@ -541,12 +547,17 @@ def generate(batches, tokenizer, args, device):
         settings |= {"do_sample": True, **sampling}
     # In place of the checkpoint's own settings, which would come on top of the flags.
     model.generation_config = transformers.GenerationConfig(**settings)
+    ends = transformers.StopStringCriteria(tokenizer, args.stop) if args.stop else None
     for batch in batches:
         torch.manual_seed(make_seed(args, [item.key for item in batch]))
         ids, mask = pad([item.prompt for item in batch], device, left=True)
-        found = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-        for item, sampled in zip(batch, found):
-            yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids)
+        width = ids.shape[1]
+        stopping = []
+        if ends:  # as in vLLM the sample alone: `stop_strings` would find texts that began in the prompt
+            stopping.append(lambda ids, scores, width=width, **_: ends(ids[:, width:], scores))
+        found = model.generate(ids, attention_mask=mask, stopping_criteria=stopping)
+        for item, sampled in zip(batch, found[:, width:].tolist()):
+            yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
 
 
 def start_vllm(args):
@@ -577,7 +588,9 @@ def generate_vllm(batches, tokenizer, args, device):
 
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": sorted(stop_ids)}
-    flags |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}  # read_sample makes the text
+    # The text is made by read_sample; here it only finds --stop, which may be a special token.
+    flags |= {"stop": args.stop, "detokenize": bool(args.stop), "skip_special_tokens": False}
+    flags["output_kind"] = RequestOutputKind.FINAL_ONLY
     items = [item for batch in batches for item in batch]
     for i, item in enumerate(items):
         params = SamplingParams(seed=make_seed(args, item.key), **flags)
@@ -586,7 +599,7 @@ def generate_vllm(batches, tokenizer, args, device):
         for output in engine.step():
             if output.finished:
                 item, sampled = items[int(output.request_id)], list(output.outputs[0].token_ids)
-                yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids)
+                yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
     engine.engine_core.shutdown()
 
 
@@ -673,16 +686,20 @@ def measure(batches, tokenizer, args, device):
             yield item.key, {"logps": logps, "tokens": len(targets)}
 
 
-def load_reward(spec):
-    """The function of a Python file that --reward_fn FILE.py:NAME names."""
-    path, _, name = spec.rpartition(":")
-    sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
-    try:
-        function = runpy.run_path(path)[name]
-        inspect.signature(function).bind("prompt", "response", {})
-    except Exception as e:  # the file is the user's: anything may be wrong with it
-        die(f"--reward_fn {spec}, a function (prompt, response, row): {type(e).__name__}: {e}")
-    return function
+def load_reward(specs):
+    """The sum of the functions FILE.py:NAME[=WEIGHT] of --reward_fn, as one function."""
+    parts = []
+    for spec in specs.split(","):
+        path, _, name = spec.strip().rpartition(":")
+        name, _, weight = name.partition("=")
+        sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
+        try:
+            function = runpy.run_path(path)[name]
+            inspect.signature(function).bind("prompt", "response", {})
+            parts.append((float(weight or 1), function))
+        except Exception as e:  # the file is the user's: anything may be wrong with it
+            die(f"--reward_fn {spec}, a function (prompt, response, row): {type(e).__name__}: {e}")
+    return lambda *texts_and_row: sum(weight * function(*texts_and_row) for weight, function in parts)
 
 
 def call_reward(items, function, parent, seconds):
@@ -884,6 +901,9 @@ def best_samples(rows, keys, args):
     """Rejection sampling: of each prompt the rs_top_k rows of highest reward; the first wins ties."""
     kept = []
     for group in by_prompt(rows, keys):
+        rewards = {row["reward"] for row in group}
+        if args.drop_all_equal and len(group) > 1 and len(rewards) == 1:
+            continue
         best = sorted(group, key=lambda row: -row["reward"])[: args.rs_top_k]
         kept += [row for row in best if args.min_reward is None or row["reward"] >= args.min_reward]
     return kept
@@ -958,7 +978,7 @@ def main(args):
     device = find_device(args)
     function = load_reward(args.reward_fn) if args.reward_fn else None
     rows = load_rows(args)
-    keys = choose_keys(next(iter(rows.values())), args)
+    keys = choose_columns(next(iter(rows.values())), args)
     if args.post_processor == "iter_dpo" and keys[1] is None:
         die("--post_processor iter_dpo needs a column of responses, not whole conversations")
     tokenizer = config = None
@@ -971,7 +991,7 @@ def main(args):
         items = sampling_items(rows, keys, tokenizer, config, args)
     if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started
         return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, function, args, device)
-    source = args.reward_fn.rpartition(":")[0] or args.pretrain
+    source = ",".join(spec.rpartition(":")[0] for spec in args.reward_fn.split(",")) or args.pretrain
     identity = identify_stage(args, {"dataset": args.dataset, "pretrain or reward_fn": source})
     folder = open_stage(args, identity)
     if folder is None:

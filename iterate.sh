@@ -70,8 +70,8 @@ add_flags() { # add_flags COMMAND SETTING SCRIPT: checked, the words of the sett
       grep -qE "^    ($flag|${flag#no_}):" "$here/$3" || die "$2: $3 has no flag --$flag"
     fi
     IFS=, read -ra parts <<<"${word#--*=}"
-    for part in "${parts[@]}"; do # FILE, or FILE.py:NAME of --reward_fn
-      file=${part%%:*} name=${part##*:}
+    for part in "${parts[@]}"; do # FILE, or FILE.py:NAME=WEIGHT of --reward_fn
+      file=${part%%:*} name=${part##*:} name=${name%%=*}
       [[ $part != *.py* ]] || grep -qswF -- "$name" "$file" || die "$2: $part: no such file or function"
       [[ ! -f $file ]] || inputs+=("$file")
     done
