@@ -412,7 +412,7 @@ def test_calls_without_a_reward(home, tmp_path, capsys):
     assert [row["reward"] for row in found] == [i if kind == "ok" else None for i, kind in enumerate(kinds)]
     assert found[1] == rows[1] | {"reward": None}
     console = capsys.readouterr().out
-    assert "2 calls gave no reward: the call hung" in console and "1 calls gave no reward: Zero" in console
+    assert "3 calls gave no reward: no answer in 0.5 s" in console and "1 calls gave no reward: Zero" in console
 
 
 # --- resuming, ranks
@@ -530,7 +530,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
         "No such file or directory": {"task": "rm", "reward_fn": "none.py:f"},
-        "(prompt, response, row): KeyError: 'missing'": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
+        "KeyError: 'missing'; it must be FILE.py:NAME": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
         "to float: 'much'": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:digits=much"},
         "too many positional arguments": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:hang"},
         "broken failed on every row: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
@@ -543,7 +543,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "empty.jsonl": {"dataset": write(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
         "'./no-such-model'": {"pretrain": "./no-such-model"},
-        "policy lacks score.weight for one label": scored | {"pretrain": str(home / "policy")},
+        "policy' lacks score.weight: no model for --eval_task rm": scored | {"pretrain": str(home / "policy")},
         "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
         "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
     }

@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
     shutil.copy(REPO / "iterate.sh", ".")
     shutil.copy(REPO / "examples/toy.sh", "examples")
     for name in ("policy/config.json", "rm/config.json", "teacher/config.json", "prompts.jsonl", "my r.py"):
-        Path(name).write_text("def f(): ...\n")
+        Path(name).write_text("def f(prompt, response, row): ...\ndef g(): ...\n")
     Path("calls.jsonl").touch()
 
 
@@ -228,8 +228,9 @@ OUT=prompts.jsonl | OUT=prompts.jsonl cannot be written
 TRAIN_FLAGS='--learning_rat 1e-3' | TRAIN_FLAGS: sft.py has no flag --learning_rat
 RM_FLAGS=--output-path=x | RM_FLAGS: --output_path is set by iterate.sh
 GENERATE_FLAGS="--input_template 'x" | GENERATE_FLAGS: a quote is not closed
-RM_FLAGS='--reward_fn nowhere.py:f' | RM_FLAGS: nowhere.py:f: no such file or function
-RM_FLAGS=--reward_fn=sft.py:g | RM_FLAGS: sft.py:g: no such file or function
+RM_FLAGS='--reward_fn nowhere.py:f' | RM_FLAGS: nowhere.py:f: FileNotFoundError
+RM_FLAGS="--reward_fn='my r.py:f,my r.py:h=2'" | RM_FLAGS: my r.py:h=2: KeyError: 'h'; it must be FILE.py:NAME
+RM_FLAGS="--reward_fn='my r.py:g'" | RM_FLAGS: my r.py:g: TypeError: too many positional arguments
 """
 
 
