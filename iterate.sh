@@ -26,9 +26,8 @@ esac
 : "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
 : "${RM_FLAGS:=}" "${DATA_FLAGS:=}" # ... when it scores; besides these, when it scores SFT_DATASET
 : "${TRAIN_FLAGS:=}"        # more flags for the trainer
-: "${BF16:=1}" "${KL:=1}"  # BF16=0: all stages run in fp32; KL=0: a report without KL, for which no model runs then
+: "${BF16:=1}" "${KL:=1}" "${DRY_RUN:=0}" # BF16=0: all in fp32; KL=0: a report without KL; DRY_RUN=1: print commands
 : "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --dp_size and --tp_size in GENERATE_FLAGS
-: "${DRY_RUN:=0}"           # 1: print the commands, run nothing
 : "${GENERATE_OUTPUT:=}" "${RM_OUTPUT:=}" "${MODEL_OUTPUT_PATH:=}" # when set: links to the newest samples, rows, model
 here=$(dirname "${BASH_SOURCE[0]}") toy="" make_toy=() truth=()
 # shellcheck source=/dev/null
@@ -57,7 +56,7 @@ for name in {POLICY,RM,TEACHER,REF}_MODEL_PATH {PROMPT,SFT}_DATASET; do
 done
 ours="pretrain dataset output_path scored_path save_path iter rollout_batch_size best_of_n post_processor csft_prompt"
 add_flags() { # add_flags COMMAND SETTING SCRIPT: checked, the words of the setting are added to the array COMMAND
-  local -n command=$1
+  local -n command=$1; local flag=""
   local bind="import inspect, runpy, sys; inspect.signature(runpy.run_path(sys.argv[1])[sys.argv[2]]).bind(1, 2, 3)"
   xargs -r true <<<"${!2}" 2>/dev/null || die "$2: a quote is not closed: ${!2}"
   mapfile -t words < <(xargs -r printf '%s\n' <<<"${!2}")
@@ -69,11 +68,12 @@ add_flags() { # add_flags COMMAND SETTING SCRIPT: checked, the words of the sett
       [[ " $ours ref_pretrain teacher_model " != *" $flag "* ]] || die "$2: --$flag is set by iterate.sh itself"
       grep -qE "^    ($flag|${flag#no_}):" "$here/$3" || die "$2: $3 has no flag --$flag"
     fi
-    IFS=, read -ra parts <<<"${word#--*=}"
-    for part in "${parts[@]}"; do # FILE, or FILE.py:NAME=WEIGHT of --reward_fn
-      part=${part# } file=${part%%:*} name=${part##*:} name=${name%%=*}
-      [[ $part != *.py* ]] || error=$(PYTHONPATH=${file%/*}:${PYTHONPATH:-} python -c "$bind" "$file" "$name" 2>&1) ||
-        die "$2: $part: ${error##*$'\n'}; it must be FILE.py:NAME, a function of (prompt, response, row)"
+    IFS=, read -ra parts <<<"${word#--*=}" # each is perhaps a FILE, or FILE.py:NAME=WEIGHT of --reward_fn
+    for part in "${parts[@]# }"; do
+      file=${part%%:*} name=${part##*:} name=${name%%=*}
+      [[ $flag$part != reward_fn*.py* ]] ||
+        why=$(PYTHONPATH=${file%/*}:${PYTHONPATH-} python -c "$bind" "$file" "$name" 2>&1) ||
+        die "$2: $part: ${why##*$'\n'}; it must be FILE.py:NAME, a function of (prompt, response, row)"
       [[ ! -f $file ]] || inputs+=("$file")
     done
   done

@@ -138,12 +138,12 @@ def test_csft():
 
 
 def test_flags_keep_quotes_and_a_reward_function_needs_no_model():
-    flags = {"TRAIN_FLAGS": '--input_template "User: {}" \n --input_key ""', "RM_MODEL_PATH": None, "BF16": 0}
+    flags = {"TRAIN_FLAGS": '--input_template "a.py: {}" \n --input_key ""', "RM_MODEL_PATH": None, "BF16": 0}
     run(**flags, RM_FLAGS="--reward_fn 'my r.py:f=0.5,my r.py:f'")
     words = calls()[1]
     assert all("--no-bf16" in text for text in words[:-1])
     assert "--pretrain" not in words[1] and "--reward_fn 'my r.py:f=0.5,my r.py:f'" in words[1]
-    assert "--no-bf16 --input_template 'User: {}' --input_key '' --pretrain" in words[2]
+    assert "--no-bf16 --input_template 'a.py: {}' --input_key '' --pretrain" in words[2]
 
 
 def test_goes_on_where_it_stopped():
