@@ -37,7 +37,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +50,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    # generate_vllm, generate: sample with vLLM or Hugging Face; rm: rewards; logps: log-probs under a policy
-    eval_task: Literal["generate_vllm", "generate", "rm", "logps"]
+    eval_task: Literal["generate_vllm", "generate", "rm", "logps"]  # sample, give rewards, or log-probs
     output_path: str  # the .jsonl to write
     dataset: str  # comma list of .jsonl, .json, .csv, .parquet, .arrow files, folders, hub names NAME@SUBSET
     pretrain: str = ""  # the model: a Hugging Face folder or hub name
@@ -83,14 +82,17 @@ class Args:
     top_k: int = 0  # sample from this many most likely tokens; 0 = all
     repetition_penalty: float = 1.0  # weakens logits of tokens that prompt or sample have already; 1 = off
     greedy_sampling: bool = False  # always take the likeliest token
+    stop: tuple[str, ...] = ()  # one or more texts that end a sample; they are not part of it
     seed: int = 42  # of the samples
     csft_prompt: float | None = None  # ask for this {reward}, with the --reward_template that csft had
-    reward_fn: str = ""  # FILE.py:NAME, a function (prompt, response, row) -> number, in place of a model
-    reward_timeout: float = 10.0  # seconds that a call of --reward_fn may take; without an answer: null
+    # in place of a model, functions (prompt, response, row) -> number: list of FILE.py:NAME[=WEIGHT], summed
+    reward_fn: str = ""
+    reward_timeout: float = 10.0  # seconds that --reward_fn may take for a row; without an answer: null
     # what becomes of the rows: rs = best of a prompt, iter_dpo = best against worst, csft = all, conditioned
     post_processor: Literal["rs", "iter_dpo", "csft", "null"] = "null"
     rs_top_k: int = 1  # rs: keep this many of the best samples of each prompt
-    min_reward: float | None = None  # rs: keep no sample with a lower reward
+    min_reward: float = -math.inf  # rs: keep no sample with a lower reward
+    drop_all_equal: bool = False  # rs: leave out prompts whose samples all have the same reward
     min_margin: float = 0.0  # iter_dpo: the rewards of a pair differ by more than this
     reward_template: str = "{input} <rm_score>: {reward} "  # csft: the user's text; {reward} has two decimals
     normalize_reward: bool = False  # csft: {reward} is (reward - mean) / std over all rows
@@ -118,11 +120,14 @@ class Args:
             die("--pretrain is missing, or for --eval_task rm --reward_fn")
         if self.pretrain and self.reward_fn:
             note("notice --reward_fn gives the rewards: the model of --pretrain is not used")
+        if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
+            die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
         if self.eval_task == "generate_vllm" and importlib.util.find_spec("vllm") is None:
             die("vLLM is missing: pip install -r requirements-vllm.txt, or use --eval_task generate")
         # A shell leaves two characters of "\\n".
         self.reward_template = self.reward_template.replace("\\n", "\n")
         self.input_template = (self.input_template or "").replace("\\n", "\n")
+        self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if self.input_template and "{}" not in self.input_template:
@@ -135,8 +140,6 @@ FREE_FLAGS = """output_path scored_path max_drop_ratio tp_size dp_size max_num_s
     flash_attn enable_prefix_caching zero_stage local_rank""".split()
 # Columns of our own rows; a prompt's columns with other names stay in the rows of its samples.
 OUR_COLUMNS = "id sample input output finish_reason tokens messages prompt plain_input reward".split()
-# These cost a row, not the run.
-ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError)
 
 
 class Item(NamedTuple):
@@ -186,11 +189,10 @@ def open_rows(name, split, cache_dir=None):
         die(f"dataset {name!r}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
 
 
-def choose_keys(row, args):
+def choose_columns(row, args):
     """(prompt column, response column or None) of a row."""
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("instruction", "response")]
-    layouts += [("question", "answer"), ("question", "response"), ("text", None)]
+    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
     layouts += [(name, None) for name in ("prompt", "instruction", "input", "question", "problem")]
     if "finish_reason" in row:  # a row of batch_infer.py, which may hold messages too
         layouts = [("input", "output")]
@@ -238,7 +240,7 @@ def collect(rows, make, args):
     for i, row in rows.items():
         try:
             items += make(i, row)
-        except ROW_ERRORS as e:
+        except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as e:
             reasons[str(e).partition("\n")[0]].append(i)
     n_dropped = sum(len(ids) for ids in reasons.values())
     told = f"{n_dropped:,} of {len(rows):,} rows cannot be used"
@@ -314,6 +316,8 @@ def render_prompt(prompt, tokenizer, args):
         if any(other[: len(ids)] != ids for other in longer):
             text = text[:-1]
             ids, _ = tokenize(text, tokenizer, add_bos=True)
+    if not ids:
+        raise ValueError("the prompt has no tokens: it is empty, or the model's folder has no tokenizer")
     if ids[0] == tokenizer.bos_token_id:
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text, ids
@@ -368,7 +372,7 @@ def row_texts(row, keys, chat):
         return messages[0]["content"], messages[1]["content"]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns or turns[-1] == 0:
-        raise ValueError("no assistant turn after a prompt")
+        raise ValueError("no response after a prompt: --output_key COLUMN, or an assistant turn")
     return messages[: turns[-1]], messages[turns[-1]]
 
 
@@ -443,12 +447,19 @@ def place_model(model, device):
     return model.to(device).eval()
 
 
-def load_policy(args, device):
-    """The causal LM, every weight from the checkpoint, with Hugging Face's own attention."""
-    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "output_loading_info": True}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(args.pretrain, **options)
-    if info["missing_keys"]:
-        die(f"model {args.pretrain!r}: weights are missing: {', '.join(sorted(info['missing_keys'])[:3])}")
+def load_weights(auto, args, device, **options):
+    """The model of --pretrain by a class of transformers, with Hugging Face's own attention."""
+    # Weights that have another shape are told like those that are not there.
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    options["dtype"] = torch.bfloat16 if args.bf16 else torch.float32
+    try:
+        model, info = auto.from_pretrained(args.pretrain, **options)
+    except Exception as e:  # of many types: half a download, a file that was cut off
+        die(f"model {args.pretrain!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+    lacks = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if lacks:
+        kind = f"no model for --eval_task {args.eval_task}, or see --value_head_prefix"
+        die(f"model {args.pretrain!r} lacks {', '.join(sorted(lacks)[:3])}: {kind}")
     return place_model(model, device)
 
 
@@ -463,45 +474,35 @@ def load_reward_model(args, device):
     """(body, head, mean, std): rewards are (head(hidden state) - mean) / std. The head computes in fp32."""
     config, is_openrlhf = reward_config(args)
     config.num_labels = 1
-    # Weights that are not there, or have another shape, are told below, in our words.
-    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    options["dtype"] = torch.bfloat16 if args.bf16 else torch.float32
+    options = {"config": config}
     if is_openrlhf:
         prefix = getattr(config, "value_head_prefix", args.value_head_prefix)
         options["key_mapping"] = {rf"^{prefix}\.": "score."}
-    auto = transformers.AutoModelForSequenceClassification
-    model, info = auto.from_pretrained(args.pretrain, **options)
-    lacks = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-    if lacks or not hasattr(model, "score"):
-        lacks = ", ".join(lacks[:3]) or "score"
-        die(f"model {args.pretrain} lacks {lacks} for one label: no reward model, or see --value_head_prefix")
-    model = place_model(model, device)
+    model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
+    if not hasattr(model, "score"):
+        die(f"model {args.pretrain!r}: its head has another name than score, which is not supported")
     mean, std = getattr(config, "mean", None), getattr(config, "std", None)
     return model.base_model, model.score.float(), mean or 0.0, std or 1.0
 
 
 def pad(rows, device, left=False):
     """(input_ids, attention_mask), both [B, T], of lists of token ids."""
-    width = max(len(row) for row in rows)
+    side = "left" if left else "right"
+    parts = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(parts, batch_first=True, padding_value=-1, padding_side=side)
+    mask = ids >= 0
     # The padding is the row's own first token: masked, and no news to a repetition penalty.
-    ids = torch.tensor([[row[0]] * width for row in rows])
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
-    return ids.to(device), mask.to(device)
+    ids = torch.where(mask, ids, torch.tensor([row[:1] for row in rows]))
+    return ids.to(device), mask.long().to(device)
 
 
 def make_batches(items, size):
     """Batches of items, the longest first; those of one prompt stay together."""
-    groups = collections.defaultdict(list)
+    longest = collections.Counter()  # row of each prompt
     for item in items:
-        groups[tuple(item.prompt)].append(item)
-    for group in groups.values():
-        group.sort(key=lambda item: len(item.response))
-    ordered = sorted(groups.values(), key=lambda group: -len(group[-1].prompt) - len(group[-1].response))
-    items = [item for group in ordered for item in group]
+        prompt = tuple(item.prompt)
+        longest[prompt] = max(longest[prompt], len(item.prompt) + len(item.response))
+    items = sorted(items, key=lambda item: (-longest[tuple(item.prompt)], item.prompt, len(item.response)))
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
@@ -520,33 +521,39 @@ def make_seed(args, key):
     return int.from_bytes(digest[:7], "big")
 
 
-def read_sample(prompt, sampled, tokenizer, stop_ids):
+def read_sample(prompt, sampled, tokenizer, stop_ids, args):
     """The result of a sample. sampled: its token ids; what follows the first stop token is padding."""
     end = next((i for i, token in enumerate(sampled) if token in stop_ids), len(sampled))
     context = prompt[-16:]  # decoded too, as some tokenizers drop a blank at the start of a text
     before = tokenizer.decode(context, clean_up_tokenization_spaces=False)
-    text = tokenizer.decode(context + sampled[:end], clean_up_tokenization_spaces=False)
-    reason = "stop" if end < len(sampled) else "length"
-    return {"output": text[len(before) :], "finish_reason": reason, "tokens": end}
+    output = tokenizer.decode(context + sampled[:end], clean_up_tokenization_spaces=False)[len(before) :]
+    cuts = [output.index(stop) for stop in args.stop if stop in output]
+    reason = "stop" if cuts or end < len(sampled) else "length"
+    return {"output": output[: min(cuts, default=None)], "finish_reason": reason, "tokens": end}
 
 
 @torch.inference_mode()
 def generate(batches, tokenizer, args, device):
     """Hugging Face's model.generate, with a seed per batch."""
-    model, stop_ids = load_policy(args, device), find_stops(tokenizer, args)
-    settings = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
-    settings |= {"eos_token_id": sorted(stop_ids), "pad_token_id": min(stop_ids)}
-    if args.temperature > 0:
-        sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-        settings |= {"do_sample": True, **sampling}
+    model = load_weights(transformers.AutoModelForCausalLM, args, device)
+    stop_ids = find_stops(tokenizer, args)
+    settings = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    settings |= {"repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens}
+    settings |= {"do_sample": args.temperature > 0, "pad_token_id": min(stop_ids)}
+    settings["eos_token_id"] = sorted(stop_ids)
     # In place of the checkpoint's own settings, which would come on top of the flags.
     model.generation_config = transformers.GenerationConfig(**settings)
+    ends = transformers.StopStringCriteria(tokenizer, args.stop) if args.stop else None
     for batch in batches:
         torch.manual_seed(make_seed(args, [item.key for item in batch]))
         ids, mask = pad([item.prompt for item in batch], device, left=True)
-        found = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-        for item, sampled in zip(batch, found):
-            yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids)
+        width = ids.shape[1]
+        stopping = []
+        if ends:  # as in vLLM the sample alone: `stop_strings` would find texts that began in the prompt
+            stopping.append(lambda ids, scores, width=width, **_: ends(ids[:, width:], scores))
+        found = model.generate(ids, attention_mask=mask, stopping_criteria=stopping)
+        for item, sampled in zip(batch, found[:, width:].tolist()):
+            yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
 
 
 def start_vllm(args):
@@ -566,18 +573,22 @@ def start_vllm(args):
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}
     from vllm import LLM
 
-    return LLM(args.pretrain, **settings).llm_engine
+    try:
+        return LLM(args.pretrain, **settings).llm_engine
+    except Exception as e:  # of many types
+        die(f"vLLM does not start: {' '.join(str(e).split())[:300]} (--eval_task generate needs no vLLM)")
 
 
 def generate_vllm(batches, tokenizer, args, device):
     """One request per sample, with its own seed: no other request changes it."""
     engine, stop_ids = start_vllm(args), find_stops(tokenizer, args)
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": sorted(stop_ids)}
-    flags |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}  # read_sample makes the text
+    # The text is made by read_sample; here it only finds --stop, which may be a special token.
+    flags |= {"stop": args.stop, "detokenize": bool(args.stop), "skip_special_tokens": False}
+    flags["output_kind"] = RequestOutputKind.FINAL_ONLY
     items = [item for batch in batches for item in batch]
     for i, item in enumerate(items):
         params = SamplingParams(seed=make_seed(args, item.key), **flags)
@@ -586,7 +597,7 @@ def generate_vllm(batches, tokenizer, args, device):
         for output in engine.step():
             if output.finished:
                 item, sampled = items[int(output.request_id)], list(output.outputs[0].token_ids)
-                yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids)
+                yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
     engine.engine_core.shutdown()
 
 
@@ -608,14 +619,8 @@ def run_engines(folder, args):
         command = [sys.executable, *sys.orig_argv[1:]]
         engine = subprocess.Popen(command, env=environment, preexec_fn=lambda: die_with_parent(parent))
         engines.append(engine)
-    codes = [None]
-    while None in codes and not any(codes):
-        time.sleep(0.2)
-        codes = [engine.poll() for engine in engines]
-    for engine in engines:
-        engine.kill()
-    if any(codes):
-        die("a vLLM engine failed, see above. The same command continues; --eval_task generate needs no vLLM")
+    if any([engine.wait() for engine in engines]):  # of all: what the others sample is kept
+        die("a vLLM engine failed, see above. The same command continues")
 
 
 def hidden_states(body, batch, device):
@@ -636,8 +641,7 @@ def hidden_states(body, batch, device):
         mask = torch.cat([mask[owners], response_mask], 1)
         options = {"past_key_values": cache}
     position_ids = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-    output = body(ids, attention_mask=mask, position_ids=position_ids, **options)
-    hidden = output.last_hidden_state  # [B, T, H]
+    hidden = body(ids, attention_mask=mask, position_ids=position_ids, **options).last_hidden_state
     ends = [len(row) for row in rows]
     return [states[end - len(item.response) : end] for item, states, end in zip(batch, hidden, ends)]
 
@@ -656,7 +660,7 @@ def score(batches, tokenizer, args, device):
 @torch.inference_mode()
 def measure(batches, tokenizer, args, device):
     """Log-probs of the responses under a policy. The head runs in chunks: logits [R, V] would not fit."""
-    model = load_policy(args, device)
+    model = load_weights(transformers.AutoModelForCausalLM, args, device)
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -673,36 +677,38 @@ def measure(batches, tokenizer, args, device):
             yield item.key, {"logps": logps, "tokens": len(targets)}
 
 
-def load_reward(spec):
-    """The function of a Python file that --reward_fn FILE.py:NAME names."""
-    path, _, name = spec.rpartition(":")
-    sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
-    try:
-        function = runpy.run_path(path)[name]
-        inspect.signature(function).bind("prompt", "response", {})
-    except Exception as e:  # the file is the user's: anything may be wrong with it
-        die(f"--reward_fn {spec}, a function (prompt, response, row): {type(e).__name__}: {e}")
-    return function
+def load_reward(specs):
+    """The sum of the functions FILE.py:NAME[=WEIGHT] of --reward_fn, as one function."""
+    parts = []
+    for spec in specs.split(","):
+        path, _, name = spec.strip().rpartition(":")
+        name, _, weight = name.partition("=")
+        sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
+        try:
+            function = runpy.run_path(path)[name]
+            inspect.signature(function).bind("prompt", "response", {})
+            parts.append((float(weight or 1), function))
+        except Exception as e:  # the file is the user's: anything may be wrong with it
+            form = "FILE.py:NAME or FILE.py:NAME=WEIGHT, a function of (prompt, response, row)"
+            die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be {form}")
+    return lambda *texts_and_row: sum(weight * function(*texts_and_row) for weight, function in parts)
 
 
 def call_reward(items, function, parent, seconds):
-    """Rewards of a Python function, in a worker process. An alarm ends a call, or else the process ends."""
+    """Rewards of a Python function, in a worker process, which ends when a call takes too long."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no result
-    signal.signal(signal.SIGALRM, signal.default_int_handler)  # the alarm raises KeyboardInterrupt
+    quiet = open(os.devnull, "w")
     for item in items:
-        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # Unlike an alarm it ends also what catches every exception, or hangs in C.
+        faulthandler.dump_traceback_later(seconds, exit=True, file=quiet)
         try:
             result = {"reward": float(function(item.prompt, item.response, item.row))}
             if not math.isfinite(result["reward"]):
                 raise ValueError(f"the reward is {result['reward']}")
-        except KeyboardInterrupt:
-            result = {"reward": None, "reward_error": f"no answer in {seconds:g} s"}
         except (Exception, SystemExit) as e:
             line = traceback.extract_tb(e.__traceback__)[-1].lineno
             result = {"reward": None, "reward_error": f"{type(e).__name__}: {e} (line {line})"}
-        signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         yield item.key, result
 
@@ -711,7 +717,7 @@ def call_rewards(items, folder, function, args):
     """Calls a reward function in a process per core. One that hangs, or ends its process, gives null."""
     fork = multiprocessing.get_context("fork")  # the file is loaded; no GPU or thread is in use yet
     rank, n_workers = os.environ["RANK"], torch.get_num_threads()
-    lost = {"reward": None, "reward_error": "the call hung, or ended its process"}
+    lost = {"reward": None, "reward_error": f"no answer in {args.reward_timeout:g} s, or its process ended"}
     while items:
         shares = [items[k::n_workers] for k in range(n_workers)]
         workers = []
@@ -724,10 +730,9 @@ def call_rewards(items, folder, function, args):
             worker.join()
         done = read_results(folder)
         items = []
-        for k, share in enumerate(shares):
+        for share in shares:
             left = [item for item in share if item.key not in done]
-            for item in left[:1]:
-                write_results(folder / f"{rank}_{k}.jsonl", [(item.key, lost)], 1)
+            write_results(folder / f"{rank}_lost.jsonl", [(item.key, lost) for item in left[:1]], 1)
             items += left[1:]
 
 
@@ -751,10 +756,9 @@ def outputs(args):
 
 
 def identify_stage(args, inputs):
-    """All that decides the result: flags, this script, the number of ranks, the files that flags name."""
+    """All that decides the result: flags, this script, the files that flags name."""
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    identity["ranks"] = int(os.environ["WORLD_SIZE"])
     for flag, names in inputs.items():
         identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
@@ -767,13 +771,13 @@ def open_stage(args, identity):
     if record["identity"] == identity and record["files"] == [stamp(path) for path in outputs(args)]:
         note(f"done   {args.output_path} is complete and made by this command: nothing to do")
         return None
-    if os.path.exists(args.output_path):
-        changed = [name for name, value in identity.items() if record["identity"].get(name) != value]
-        note(f"notice {args.output_path} will be replaced: other {', '.join(changed) or 'content'}")
     inputs = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
     for path in outputs(args):
         if os.path.isdir(path) or os.path.realpath(path) in inputs:
             die(f"{path} cannot be written: it is a folder, or our input")
+    if os.path.exists(args.output_path):
+        changed = [name for name, value in record["identity"].items() if identity.get(name) != value]
+        note(f"notice {args.output_path} will be replaced: other {', '.join(changed) or 'content'}")
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(f"{args.output_path}.partial", command)
     try:
@@ -884,8 +888,10 @@ def best_samples(rows, keys, args):
     """Rejection sampling: of each prompt the rs_top_k rows of highest reward; the first wins ties."""
     kept = []
     for group in by_prompt(rows, keys):
-        best = sorted(group, key=lambda row: -row["reward"])[: args.rs_top_k]
-        kept += [row for row in best if args.min_reward is None or row["reward"] >= args.min_reward]
+        group = sorted(group, key=lambda row: -row["reward"])
+        all_equal = len(group) > 1 and group[0]["reward"] == group[-1]["reward"]
+        if not (args.drop_all_equal and all_equal):
+            kept += [row for row in group[: args.rs_top_k] if row["reward"] >= args.min_reward]
     return kept
 
 
@@ -911,8 +917,8 @@ def conditional_rows(rows, keys, args):
     mean, std = reward_statistics(rows) if args.normalize_reward else (0.0, 1.0)
     made = []
     for row in rows:
-        is_ours, cut = "finish_reason" in row, row.get("finish_reason") == "length"
-        if row["reward"] is None or (cut and "messages" in row):
+        is_ours = "finish_reason" in row
+        if row["reward"] is None or ("messages" in row and row.get("finish_reason") == "length"):
             continue  # a chat template would end what was cut
         prompt, response = row_texts(row, keys, args.apply_chat_template or is_ours)
         reward = (row["reward"] - mean) / (std or 1.0)
@@ -933,12 +939,9 @@ def conditional_rows(rows, keys, args):
 
 def find_device(args):
     """The device of this process. No GPU is touched before a model goes there: reward workers are forked."""
-    world_size = os.environ["WORLD_SIZE"]
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(size)))
     if not torch.cuda.is_available():
-        if world_size != "1":
-            note(f"notice no GPU is there: {world_size} ranks on the CPU")
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     n_gpus = local_rank + 1
@@ -958,7 +961,7 @@ def main(args):
     device = find_device(args)
     function = load_reward(args.reward_fn) if args.reward_fn else None
     rows = load_rows(args)
-    keys = choose_keys(next(iter(rows.values())), args)
+    keys = choose_columns(next(iter(rows.values())), args)
     if args.post_processor == "iter_dpo" and keys[1] is None:
         die("--post_processor iter_dpo needs a column of responses, not whole conversations")
     tokenizer = config = None
@@ -967,11 +970,13 @@ def main(args):
         config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     if args.eval_task in ("rm", "logps"):
         items = scoring_items(rows, keys, tokenizer, config, args)
+        rows = {(i, 0): row for i, row in rows.items()}
     else:
         items = sampling_items(rows, keys, tokenizer, config, args)
+        rows = {item.key: item.row for item in items}
     if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started
         return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, function, args, device)
-    source = args.reward_fn.rpartition(":")[0] or args.pretrain
+    source = ",".join(spec.rpartition(":")[0] for spec in args.reward_fn.split(",")) or args.pretrain
     identity = identify_stage(args, {"dataset": args.dataset, "pretrain or reward_fn": source})
     folder = open_stage(args, identity)
     if folder is None:
@@ -985,10 +990,6 @@ def main(args):
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
     if os.environ["RANK"] == "0":
-        if args.eval_task in ("rm", "logps"):
-            rows = {(i, 0): row for i, row in rows.items()}
-        else:
-            rows = {item.key: item.row for item in items}
         write_outputs(rows, keys, folder, identity, args)
 
 

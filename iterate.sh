@@ -26,10 +26,8 @@ esac
 : "${GENERATE_FLAGS:=}"     # more flags for batch_infer.py when it generates; quotes work as in a shell
 : "${RM_FLAGS:=}" "${DATA_FLAGS:=}" # ... when it scores; besides these, when it scores SFT_DATASET
 : "${TRAIN_FLAGS:=}"        # more flags for the trainer
-: "${BF16:=1}"              # 0: all stages run in fp32
-: "${KL:=1}"                # 0: the report goes without KL divergences, and no model runs for them
+: "${BF16:=1}" "${KL:=1}" "${DRY_RUN:=0}" # BF16=0: all in fp32; KL=0: a report without KL; DRY_RUN=1: print commands
 : "${NUM_GPUS:=1}"          # processes that score and train; vLLM is told by --dp_size and --tp_size in GENERATE_FLAGS
-: "${DRY_RUN:=0}"           # 1: print the commands, run nothing
 : "${GENERATE_OUTPUT:=}" "${RM_OUTPUT:=}" "${MODEL_OUTPUT_PATH:=}" # when set: links to the newest samples, rows, model
 here=$(dirname "${BASH_SOURCE[0]}") toy="" make_toy=() truth=()
 # shellcheck source=/dev/null
@@ -58,7 +56,8 @@ for name in {POLICY,RM,TEACHER,REF}_MODEL_PATH {PROMPT,SFT}_DATASET; do
 done
 ours="pretrain dataset output_path scored_path save_path iter rollout_batch_size best_of_n post_processor csft_prompt"
 add_flags() { # add_flags COMMAND SETTING SCRIPT: checked, the words of the setting are added to the array COMMAND
-  local -n command=$1
+  local -n command=$1; local flag=""
+  local bind="import inspect, runpy, sys; inspect.signature(runpy.run_path(sys.argv[1])[sys.argv[2]]).bind(1, 2, 3)"
   xargs -r true <<<"${!2}" 2>/dev/null || die "$2: a quote is not closed: ${!2}"
   mapfile -t words < <(xargs -r printf '%s\n' <<<"${!2}")
   command+=("${words[@]}")
@@ -69,17 +68,19 @@ add_flags() { # add_flags COMMAND SETTING SCRIPT: checked, the words of the sett
       [[ " $ours ref_pretrain teacher_model " != *" $flag "* ]] || die "$2: --$flag is set by iterate.sh itself"
       grep -qE "^    ($flag|${flag#no_}):" "$here/$3" || die "$2: $3 has no flag --$flag"
     fi
-    IFS=, read -ra parts <<<"${word#--*=}"
-    for part in "${parts[@]}"; do # FILE, or FILE.py:NAME of --reward_fn
-      file=${part%%:*} name=${part##*:}
-      [[ $part != *.py* ]] || grep -qswF -- "$name" "$file" || die "$2: $part: no such file or function"
+    IFS=, read -ra parts <<<"${word#--*=}" # each is perhaps a FILE, or FILE.py:NAME=WEIGHT of --reward_fn
+    for part in "${parts[@]# }"; do
+      file=${part%%:*} name=${part##*:} name=${name%%=*}
+      [[ $flag$part != reward_fn*.py* ]] ||
+        why=$(PYTHONPATH=${file%/*}:${PYTHONPATH-} python -c "$bind" "$file" "$name" 2>&1) ||
+        die "$2: $part: ${why##*$'\n'}; it must be FILE.py:NAME, a function of (prompt, response, row)"
       [[ ! -f $file ]] || inputs+=("$file")
     done
   done
 }
 
 # --- commands
-ranks=(python) bf16=(--no-bf16 --bf16)
+ranks=(python) bf16=(--no-bf16 --bf16) policy=$POLICY_MODEL_PATH
 if ((NUM_GPUS > 1)); then
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | grep -oP "^GPU \K\d+" | paste -sd,)}"
   ((${#gpus[@]} == 0 || ${#gpus[@]} >= NUM_GPUS)) || die "NUM_GPUS=$NUM_GPUS, but there are ${#gpus[@]}: ${gpus[*]}"
@@ -129,12 +130,11 @@ if ((!DRY_RUN)); then # one loop per OUT, and always with the same settings
   (cd "$here" && sha256sum iterate.sh batch_infer.py "$trainer") >>"$OUT/.now"
   [[ -e $OUT/settings ]] || cp "$OUT/.now" "$OUT/settings"
   changed=$(diff "$OUT/settings" "$OUT/.now" | sed -n 's/^< /was: /p; s/^> /now: /p' | paste -sd ' ') || true
-  [[ -z $changed ]] || die "OUT=$OUT: $changed; set it back, take another OUT, or edit $OUT/settings"
+  [[ -z $changed ]] || die "OUT=$OUT: ${changed:0:400}; set it back, take another OUT, or edit $OUT/settings"
 fi
 
 # --- the loop
 [[ -z $toy ]] || run "${make_toy[@]}"
-policy=$POLICY_MODEL_PATH
 if [[ $METHOD == csft ]]; then
   stage "${score_data[@]}" --dataset "$SFT_DATASET" --output_path "$OUT/rm.jsonl"
   stage "${train[@]}" --pretrain "$policy" --dataset "$OUT/rm.jsonl" --save_path "$OUT/model"

@@ -152,10 +152,22 @@ def test_greedy_is_hugging_faces(home, tmp_path):
     assert run(home, "generate", tmp_path / "c.jsonl", **flags | {"micro_batch_size": 5}) == rows
 
 
+def test_stop(home, tmp_path):
+    """A sample ends before the text, be it parts of two tokens; not one that began in the prompt."""
+    whole = run(home, "generate", tmp_path / "a.jsonl", greedy_sampling=True)
+    texts = [whole[0]["output"][2:5], QUESTIONS[1][-1] + whole[1]["output"][0]]
+    rows = run(home, "generate", tmp_path / "b.jsonl", greedy_sampling=True, stop=("", *texts))
+    for row, other in zip(rows, whole, strict=True):
+        cut = min((other["output"].index(text) for text in texts if text in other["output"]), default=None)
+        ended = {"finish_reason": "stop", "output": other["output"][:cut], "tokens": row["tokens"]}
+        assert row == (other if cut is None else other | ended) and row["tokens"] <= other["tokens"]
+    assert rows[0]["tokens"] < 6 and rows[1]["output"]
+
+
 def prompts_of(home, rows, tokenizer=None, **flags):
     """The Items of prompts."""
     args = script.Args(**flags_of(home, "generate", "", **{"max_drop_ratio": 0.9} | flags))
-    keys, config = script.choose_keys(rows[0], args), AutoConfig.from_pretrained(args.pretrain)
+    keys, config = script.choose_columns(rows[0], args), AutoConfig.from_pretrained(args.pretrain)
     return script.sampling_items(dict(enumerate(rows)), keys, tokenizer or make_tokenizer(), config, args)
 
 
@@ -256,7 +268,7 @@ def test_what_a_reward_model_reads(home, openrlhf):
         for templated, expected in ((True, [chat + end, chat]), (False, [plain + "<eos>", plain])):
             args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), apply_chat_template=templated))
             tokenizer, config = make_tokenizer(), AutoConfig.from_pretrained(args.pretrain)
-            keys = script.choose_keys(rows[0], args)
+            keys = script.choose_columns(rows[0], args)
             items = script.scoring_items(dict(enumerate(rows)), keys, tokenizer, config, args)
             assert [tokenizer.decode(item.prompt + item.response) for item in items] == expected
 
@@ -302,8 +314,10 @@ def test_rejection_sampling():
     rewards = [(0, 1.0), (0, 3.0), (0, 3.0), (1, None), (1, -2.0), (2, None), (1, -3.0)]
     rows = [{"id": i, "sample": n, "input": "x", "output": "y", "reward": r} for n, (i, r) in enumerate(rewards)]
     assert best(rows) == [1, 4]
-    assert best(rows, rs_top_k=2) == [1, 2, 4, 6]
+    assert best(rows, rs_top_k=2) == [1, 2, 4, 6] == best(rows, rs_top_k=2, drop_all_equal=True)
     assert best(rows, rs_top_k=9, min_reward=-2.0) == [1, 2, 0, 4]
+    equal = [row | {"reward": 1.0} for row in rows]
+    assert best(equal) == [0, 3, 5] and best(equal, drop_all_equal=True) == [5]  # alone: nothing to equal
 
 
 def test_iterative_dpo_pairs():
@@ -354,28 +368,22 @@ def test_csft_trains_on_the_prompt_that_csft_prompt_asks_with(home, kind, bos):
 
 REWARDS = """
 import os, time
-
 def digits(prompt, response, row):
     return sum(c.isdigit() for c in response)
-
 def shorter(prompt, response, row):
     return row["reward"] - len(prompt) - 0.5 * len(response)
-
 def hang():
     while True:
         try:
             time.sleep(60)
         except BaseException:
             pass
-
 def fragile(prompt, response, row):
     {"raise": lambda: 1 / 0, "sleep": lambda: time.sleep(60), "die": lambda: os._exit(0),
      "exit": lambda: exit(3), "hang": hang}.get(row["kind"], lambda: 0)()
     return float("nan") if row["kind"] == "nan" else row["answer"]
-
 def broken(prompt, response, row):
     raise KeyError("no such thing")
-
 def slow(prompt, response, row):
     time.sleep(0.02)
     return len(response)
@@ -383,12 +391,14 @@ def slow(prompt, response, row):
 
 
 def test_reward_functions(home, samples, tmp_path):
-    """In place of a model; the next stage finds the reward of the one before in the row."""
+    """In place of a model, with weights; the next stage finds the reward of the one before in the row."""
     file, flags = f"{home}/my-rewards.py", {"pretrain": ""}
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    rows = run(home, "rm", first, reward_fn=f"{file}:digits", dataset=str(home / "samples.jsonl"), **flags)
+    spec = f"{file}:digits, {file}:slow=-0.25"
+    rows = run(home, "rm", first, reward_fn=spec, dataset=str(home / "samples.jsonl"), **flags)
     for row, sample in zip(rows, samples, strict=True):
-        assert row == sample | {"reward": sum(c.isdigit() for c in sample["output"])}
+        digits = sum(c.isdigit() for c in sample["output"])
+        assert row == sample | {"reward": digits - 0.25 * len(sample["output"])}
     for row, before in zip(run(home, "rm", second, reward_fn=f"{file}:shorter", dataset=str(first), **flags), rows):
         assert row == before | {"reward": before["reward"] - len(row["input"]) - 0.5 * len(row["output"])}
 
@@ -402,7 +412,7 @@ def test_calls_without_a_reward(home, tmp_path, capsys):
     assert [row["reward"] for row in found] == [i if kind == "ok" else None for i, kind in enumerate(kinds)]
     assert found[1] == rows[1] | {"reward": None}
     console = capsys.readouterr().out
-    assert "2 calls gave no reward: the call hung" in console and "1 calls gave no reward: Zero" in console
+    assert "3 calls gave no reward: no answer in 0.5 s" in console and "1 calls gave no reward: Zero" in console
 
 
 # --- resuming, ranks
@@ -520,7 +530,8 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
         "No such file or directory": {"task": "rm", "reward_fn": "none.py:f"},
-        "(prompt, response, row): KeyError: 'missing'": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
+        "KeyError: 'missing'; it must be FILE.py:NAME": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
+        "to float: 'much'": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:digits=much"},
         "too many positional arguments": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:hang"},
         "broken failed on every row: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
         "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
@@ -532,7 +543,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "empty.jsonl": {"dataset": write(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
         "'./no-such-model'": {"pretrain": "./no-such-model"},
-        "policy lacks score.weight for one label": scored | {"pretrain": str(home / "policy")},
+        "policy' lacks score.weight: no model for --eval_task rm": scored | {"pretrain": str(home / "policy")},
         "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
         "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
     }
@@ -549,8 +560,8 @@ def test_bad_input(home, samples, tmp_path, capsys):
 @needs_vllm
 def test_vllm(home, tmp_path):
     """Greedy: Hugging Face's rows. Sampled: a sample does not depend on its companions, or on the engine."""
-    greedy = {"greedy_sampling": True, "repetition_penalty": 1.2}
-    sampled = {"best_of_n": 3, "temperature": 0.8, "top_k": 50}
+    greedy = {"greedy_sampling": True, "repetition_penalty": 1.2, "stop": ["e", "\\n"]}
+    sampled = {"best_of_n": 3, "temperature": 0.8, "top_k": 50, "stop": ["plus"]}
     configs = [greedy, sampled, sampled | {"max_samples": 5, "max_num_seqs": 4}]
     configs = [flags_of(home, "generate_vllm", tmp_path / f"{i}.jsonl", **c) for i, c in enumerate(configs)]
     launch(tmp_path, configs)
@@ -558,7 +569,7 @@ def test_vllm(home, tmp_path):
     rows = read(tmp_path / "1.jsonl")
     assert [(row["id"], row["sample"]) for row in rows] == [(i, k) for i in range(12) for k in range(3)]
     assert read(tmp_path / "2.jsonl") == rows[:15]
-    assert len({row["output"] for row in rows}) > 20
+    assert len({row["output"] for row in rows}) > 20 and not any("plus" in row["output"] for row in rows)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
     shutil.copy(REPO / "iterate.sh", ".")
     shutil.copy(REPO / "examples/toy.sh", "examples")
     for name in ("policy/config.json", "rm/config.json", "teacher/config.json", "prompts.jsonl", "my r.py"):
-        Path(name).write_text("def f(): ...\n")
+        Path(name).write_text("def f(prompt, response, row): ...\ndef g(): ...\n")
     Path("calls.jsonl").touch()
 
 
@@ -138,12 +138,12 @@ def test_csft():
 
 
 def test_flags_keep_quotes_and_a_reward_function_needs_no_model():
-    flags = {"TRAIN_FLAGS": '--input_template "User: {}" \n --input_key ""', "RM_MODEL_PATH": None, "BF16": 0}
-    run(**flags, RM_FLAGS="--reward_fn 'my r.py:f'")
+    flags = {"TRAIN_FLAGS": '--input_template "a.py: {}" \n --input_key ""', "RM_MODEL_PATH": None, "BF16": 0}
+    run(**flags, RM_FLAGS="--reward_fn 'my r.py:f=0.5,my r.py:f'")
     words = calls()[1]
     assert all("--no-bf16" in text for text in words[:-1])
-    assert "--pretrain" not in words[1] and "--reward_fn 'my r.py:f'" in words[1]
-    assert "--no-bf16 --input_template 'User: {}' --input_key '' --pretrain" in words[2]
+    assert "--pretrain" not in words[1] and "--reward_fn 'my r.py:f=0.5,my r.py:f'" in words[1]
+    assert "--no-bf16 --input_template 'a.py: {}' --input_key '' --pretrain" in words[2]
 
 
 def test_goes_on_where_it_stopped():
@@ -228,8 +228,9 @@ OUT=prompts.jsonl | OUT=prompts.jsonl cannot be written
 TRAIN_FLAGS='--learning_rat 1e-3' | TRAIN_FLAGS: sft.py has no flag --learning_rat
 RM_FLAGS=--output-path=x | RM_FLAGS: --output_path is set by iterate.sh
 GENERATE_FLAGS="--input_template 'x" | GENERATE_FLAGS: a quote is not closed
-RM_FLAGS='--reward_fn nowhere.py:f' | RM_FLAGS: nowhere.py:f: no such file or function
-RM_FLAGS=--reward_fn=sft.py:g | RM_FLAGS: sft.py:g: no such file or function
+RM_FLAGS='--reward_fn nowhere.py:f' | RM_FLAGS: nowhere.py:f: FileNotFoundError
+RM_FLAGS="--reward_fn='my r.py:f,my r.py:h=2'" | RM_FLAGS: my r.py:h=2: KeyError: 'h'; it must be FILE.py:NAME
+RM_FLAGS="--reward_fn='my r.py:g'" | RM_FLAGS: my r.py:g: TypeError: too many positional arguments
 """
 
 
