@@ -171,6 +171,8 @@ def open_rows(name, split, cache_dir=None):
     """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        die(f"dataset {name!r} has no rows")
     try:
         if kind == "jsonl":
             # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
@@ -243,7 +245,7 @@ def collect(rows, make, args):
         except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as e:
             reasons[str(e).partition("\n")[0]].append(i)
     n_dropped = sum(len(ids) for ids in reasons.values())
-    told = f"{n_dropped:,} of {len(rows):,} rows cannot be used"
+    told = f"{len(rows):,} rows, of which {n_dropped:,} cannot be used"
     for reason, ids in reasons.items():
         told += f"; {len(ids):,} x {reason} (row {ids[0]})"
     if n_dropped > args.max_drop_ratio * len(rows) or not items:
@@ -260,7 +262,7 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template:
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
@@ -440,13 +442,6 @@ def scoring_items(rows, keys, tokenizer, config, args):
 # --- engines: generators of (key, result)
 
 
-def place_model(model, device):
-    """The model on its device, ready for inference."""
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # others drop the soft-cap in silence
-    return model.to(device).eval()
-
-
 def load_weights(auto, args, device, **options):
     """The model of --pretrain by a class of transformers, with Hugging Face's own attention."""
     # Weights that have another shape are told like those that are not there.
@@ -460,7 +455,9 @@ def load_weights(auto, args, device, **options):
     if lacks:
         kind = f"no model for --eval_task {args.eval_task}, or see --value_head_prefix"
         die(f"model {args.pretrain!r} lacks {', '.join(sorted(lacks)[:3])}: {kind}")
-    return place_model(model, device)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # others drop the soft-cap in silence
+    return model.to(device).eval()
 
 
 def reward_config(args):

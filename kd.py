@@ -181,6 +181,8 @@ def open_rows(name, split, cache_dir=None):
     """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        die(f"dataset {name!r} has no rows")
     try:
         if kind == "jsonl":
             # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
@@ -207,7 +209,7 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template:
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
@@ -296,9 +298,11 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 def example_columns(row, args):
     """(prompt column, response column or None) of a row."""
-    # The first that fits. Rows of batch_infer.py, input and output, may hold messages as well.
+    # The first that fits.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
+    if "finish_reason" in row:  # of batch_infer.py: other columns are the prompt before its template
+        layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
     for keys in layouts:

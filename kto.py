@@ -182,6 +182,8 @@ def open_rows(name, split, cache_dir=None):
     """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        die(f"dataset {name!r} has no rows")
     try:
         if kind == "jsonl":
             # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
@@ -208,7 +210,7 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template:
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
@@ -318,6 +320,8 @@ def read_label(value):
 def labelled_columns(row, args):
     """(prompt column or None, response column) of a row; the response column of a pair is "chosen"."""
     prompts = ("prompt", "input", "instruction", "question")
+    if "finish_reason" in row:  # of batch_infer.py: other columns are the prompt before its template
+        prompts = ("input",)
     responses = ("chosen", "completion", "output", "response", "messages", "conversations")
     prompt_key = args.input_key or next((key for key in prompts if key in row), None)
     response_key = args.output_key or next((key for key in responses if key in row), None)

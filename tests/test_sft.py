@@ -656,7 +656,7 @@ def chat_row(*messages):
 BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     # --- files
     "missing file": ({"dataset": "none.jsonl"}, GOOD, ["none.jsonl", "Unable to find"]),
-    "empty file": ({}, "", ["rows.jsonl", "at least one example"]),
+    "empty file": ({}, "", ["rows.jsonl", "has no rows"]),
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
     # --- columns and values
     "missing column": ({"input_key": "prompt"}, GOOD, ["no column prompt", "--input_key.* input, output"]),

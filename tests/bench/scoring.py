@@ -43,7 +43,7 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     script, rng = load_script(), np.random.default_rng(0)
-    body = script.place_model(Qwen2Model(Qwen2Config(**MODEL)), "cpu")
+    body = Qwen2Model(Qwen2Config(**MODEL)).eval()
 
     def tokens(n):
         return rng.integers(2, MODEL["vocab_size"], n).tolist()
