@@ -2,19 +2,17 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-FLAGS = "bf16 eval_task input_key max_new_tokens prompt_max_len max_len learning_rate use_wandb reward_fn"
-FLAGS += " train_batch_size micro_train_batch_size input_template"
+OWN = {"POLICY_MODEL_PATH": "policy", "RM_MODEL_PATH": "rm", "PROMPT_DATASET": "prompts.jsonl", "OUT": "out"}
 # One stub stands for all scripts. It adds its argv to calls.jsonl, fails or waits where STUB_FAIL, STUB_WAIT
 # name its call as KIND:FOLDER, and writes what the script would.
 STUB = """
@@ -41,17 +39,14 @@ elif kind != "plot":
 """
 
 
-OWN = {"POLICY_MODEL_PATH": "policy", "RM_MODEL_PATH": "rm", "PROMPT_DATASET": "prompts.jsonl", "OUT": "out"}
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Each test runs in a folder with iterate.sh, stubs and inputs."""
     monkeypatch.chdir(tmp_path)
     for name in ("examples", "policy", "rm", "teacher"):
         Path(name).mkdir()
-    flags = "\n".join(f"    {flag}: str" for flag in FLAGS.split())
     for name in ("batch_infer.py", "sft.py", "dpo.py", "kd.py", "examples/toy.py", "examples/plot.py"):
+        flags = "\n".join(re.findall(r"^    \w+:", (REPO / name).read_text(), re.M))
         Path(name).write_text(f'"""\n{flags}\n"""{STUB}')
     shutil.copy(REPO / "iterate.sh", ".")
     shutil.copy(REPO / "examples/toy.sh", "examples")
@@ -62,7 +57,7 @@ def folder(tmp_path, monkeypatch):
 
 def start(cwd=".", **settings):
     """iterate.sh with these settings next to OWN; None unsets one."""
-    settings = OWN | {"TRAINING_ITERS": 1, "PATH": PATH, "CALLS": Path("calls.jsonl").absolute()} | settings
+    settings = OWN | {"TRAINING_ITERS": 1, "PATH": os.environ["PATH"], "CALLS": Path("calls.jsonl").absolute()} | settings
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     options["env"] = {name: str(value) for name, value in settings.items() if value is not None}
     return subprocess.Popen(["bash", Path("iterate.sh").absolute()], cwd=cwd, **options)
@@ -165,6 +160,7 @@ def test_other_settings_stop_and_are_named():
     calls()
     run(**settings, TRAINING_ITERS=2, GENERATE_OUTPUT="link.jsonl")
     assert calls()[0] == ["sft:1", *stages(2, train=False), "plot"]
+    assert Path("link.jsonl").is_symlink() and Path("link.jsonl").read_text() == "generate:2"
     changes = {"BEST_OF_N": 5, "METHOD": "iter_dpo", "TRAIN_FLAGS": "--use_wandb SECRET3 --max_len 1"}
     for name, value in changes.items():
         _, err = run(code=2, **settings | {name: value})
@@ -228,7 +224,6 @@ OUT=prompts.jsonl | OUT=prompts.jsonl cannot be written
 TRAIN_FLAGS='--learning_rat 1e-3' | TRAIN_FLAGS: sft.py has no flag --learning_rat
 RM_FLAGS=--output-path=x | RM_FLAGS: --output_path is set by iterate.sh
 GENERATE_FLAGS="--input_template 'x" | GENERATE_FLAGS: a quote is not closed
-RM_FLAGS='--reward_fn nowhere.py:f' | RM_FLAGS: nowhere.py:f: FileNotFoundError
 RM_FLAGS="--reward_fn='my r.py:f,my r.py:h=2'" | RM_FLAGS: my r.py:h=2: KeyError: 'h'; it must be FILE.py:NAME
 RM_FLAGS="--reward_fn='my r.py:g'" | RM_FLAGS: my r.py:g: TypeError: too many positional arguments
 """
