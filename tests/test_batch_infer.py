@@ -199,7 +199,8 @@ def test_a_shared_prompt_changes_nothing(kind):
     sizes |= {"mistral": {"sliding_window": 9}, "gemma2": {"sliding_window": 9}}.get(kind, {})
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 90} if kind == "gpt2" else sizes
     torch.manual_seed(0)
-    body = script.place_model(transformers.AutoModel.from_config(AutoConfig.for_model(kind, **sizes)), "cpu")
+    config = AutoConfig.for_model(kind, **sizes)
+    body = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(n)] for n in (5, 23, 14)]
     responses = [[rng.randrange(90) for _ in range(rng.randrange(1, 20))] for _ in range(9)]

@@ -245,6 +245,12 @@ def test_checkpointed_layers_are_computed_again(run, tmp_path):
     assert calls == [10, 20]
 
 
+def test_every_epoch_has_its_own_order(run):
+    with mock.patch.object(sft, "epoch_order", wraps=sft.epoch_order) as spy:
+        assert run(max_epochs=3) == 0
+    assert [call.args[2] for call in spy.call_args_list] == [0, 1, 2]
+
+
 def test_the_longest_example_is_first():
     lengths = np.array([3, 1, 9, 4, 9])
     for seed in range(5):
