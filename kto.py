@@ -66,7 +66,7 @@ class Args:
     pretrain: str  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights, in training with fp32 master weights; --no-bf16: fp32
     flash_attn: bool = False  # accepted for old commands: on a GPU bf16 attention is FlashAttention anyway
-    gradient_checkpointing: bool = False  # recompute activations: less memory, about 25 % more time
+    gradient_checkpointing: bool = False  # recompute activations: less memory, up to a third more time
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
     lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # dropout in front of the LoRA adapters, 0 to 1; all other dropout is off
