@@ -179,7 +179,7 @@ def open_rows(name, split, cache_dir=None):
             # types ("2026-01-01" becomes a date) and fails where columns are mixed.
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
-            return tuple(json.loads(Path(path).read_bytes()))  # no list: see encode_table
+            return list(json.loads(Path(path).read_bytes()))
         if kind in ("csv", "parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
@@ -223,8 +223,11 @@ def load_rows(args):
         tables.append(table)
     if args.dataset_probs:
         total = sum(len(table) for table in tables)
-        sizes = [round(float(share) * total) for share in args.dataset_probs.split(",")]
-        tables = [np.resize(table, size) for table, size in zip(tables, sizes, strict=True)]
+        try:
+            shares = [float(share) for share, _ in zip(args.dataset_probs.split(","), tables, strict=True)]
+        except ValueError:
+            die(f"--dataset_probs {args.dataset_probs}: not a number for each of {len(tables)} datasets")
+        tables = [np.resize(table, round(share * total)) for table, share in zip(tables, shares)]
     return {i: row for i, row in enumerate(itertools.chain(*tables)) if row}  # a blank line is no row
 
 
@@ -262,7 +265,7 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
@@ -616,8 +619,13 @@ def run_engines(folder, args):
         command = [sys.executable, *sys.orig_argv[1:]]
         engine = subprocess.Popen(command, env=environment, preexec_fn=lambda: die_with_parent(parent))
         engines.append(engine)
-    if any([engine.wait() for engine in engines]):  # of all: what the others sample is kept
-        die("a vLLM engine failed, see above. The same command continues")
+    for _ in engines:
+        _, status = os.wait()  # for the next one that ends
+        if status:
+            for engine in engines:
+                engine.kill()
+            way_out = "the same command continues; --eval_task generate needs no vLLM"
+            die(f"a vLLM engine failed, see above: {way_out}")
 
 
 def hidden_states(body, batch, device):

@@ -65,7 +65,7 @@ from datasets import Features, List, Value
 class Args:
     pretrain: str  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights, in training with fp32 master weights; --no-bf16: fp32
-    flash_attn: bool = False  # accepted for old commands: on a GPU bf16 attention is FlashAttention anyway
+    flash_attn: bool = False  # accepted for old commands: on a GPU FlashAttention runs wherever it can
     gradient_checkpointing: bool = False  # recompute activations: less memory, up to a third more time
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
     lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
@@ -80,7 +80,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs, top-k tables; may be deleted
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else is computed once; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
@@ -92,7 +92,7 @@ class Args:
     teacher_offload: bool = False  # with --zero_stage 3: keep the teacher's weights in CPU memory
     teacher_topk: int = 0  # distil this many likeliest tokens of the teacher, computed once; 0 = all, live
     kd_coef: float = 0.4  # weight of the distillation term, 0 to 1; the rest is cross-entropy with the data
-    # the divergence: forward_kl (smoothed: skew) covers the teacher's modes, reverse_kl seeks one
+    # forward_kl (skew: smoothed) covers the teacher's modes, reverse_kl seeks one, jsd is between the two
     kd_loss: Literal["forward_kl", "reverse_kl", "jsd", "skew"] = "forward_kl"
     kd_temperature: float = 1.0  # softmax temperature of teacher and student in the distillation term
 
@@ -109,7 +109,7 @@ class Args:
     seed: int = 42  # of everything random: data order, LoRA's start and dropout
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
-    packing_samples: bool = False  # fill each forward pass to micro_train_batch_size x max_len tokens instead
+    packing_samples: bool = False  # fill passes to micro_train_batch_size x max_len tokens (pairs: twice)
     zero_stage: Literal[0, 1, 2, 3] = 2  # sharded: 0 and 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
 
@@ -120,14 +120,14 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # where its folder of checkpoints is, until the end; default: by save_path
+    ckpt_path: str | None = None  # where the folder of checkpoints is until the end; default: by save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        positive = "train_batch_size micro_train_batch_size max_len max_epochs max_steps logging_steps"
-        for name in [*positive.split(), "max_ckpt_num"]:
+        counts = ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "max_steps")
+        for name in (*counts, "logging_steps", "max_ckpt_num"):
             if getattr(self, name) < 1:
                 die(f"--{name} must be 1 or more, not {getattr(self, name)}")
         if not 0 <= self.kd_coef <= 1 or self.kd_temperature <= 0 or self.teacher_topk < 0:
@@ -189,7 +189,7 @@ def open_rows(name, split, cache_dir=None):
             # types ("2026-01-01" becomes a date) and fails where columns are mixed.
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
-            return tuple(json.loads(Path(path).read_bytes()))  # no list: see encode_table
+            return list(json.loads(Path(path).read_bytes()))
         if kind in ("csv", "parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
@@ -209,7 +209,7 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
@@ -373,7 +373,7 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
         lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
-        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # dealt to the processes
+        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -589,6 +589,7 @@ class Distill(LogProbs):
         return torch.cat([top_and_rest(logits, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
 
     def chunk_distill(self, weight, bias, hidden, targets, teacher):
+        """[C, 2] of hidden states [C, H], and of what the teacher gave for these tokens."""
         logits = self.logits(weight, bias, hidden)
         ce = F.cross_entropy(logits, targets, reduction="none")
         logits = self.real(logits)
@@ -784,7 +785,7 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model).eval()  # the step changes it to training, where it checkpoints and drops out
+    wrapped = wrapper(model).eval()  # for check_attention; the step sets training mode
     return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
@@ -852,9 +853,9 @@ def teacher_topk(table, vocab_size, args, device):
             owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
             rows = torch.zeros(len(owner), width, device=device)
             for members, weight in split_step([example["length"] for example in batch], args):
-                found = engine(pack_rows([batch[j] for j in members], device) | {"targets": None})
+                values = engine(pack_rows([batch[j] for j in members], device) | {"targets": None})
                 places = np.concatenate([np.flatnonzero(owner == j) for j in members])
-                rows[to_device(places, device)] += weight * found
+                rows[to_device(places, device)] += weight * values
             dist.all_reduce(rows)  # those of other ranks are 0
             if dist.get_rank() == 0:
                 with open(partial, "ab") as output:
@@ -877,7 +878,7 @@ def identify(args):
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
-    for flag in ("pretrain", "dataset", "ref_pretrain", "teacher_model"):
+    for flag in ("pretrain", "dataset", "ref_pretrain", "teacher_model"):  # those that there are
         names = identity.get(flag)
         if names and Path(names).resolve() != Path(args.save_path).resolve():  # else the run will change it
             identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]

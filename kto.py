@@ -65,7 +65,7 @@ from datasets import Features, List, Value
 class Args:
     pretrain: str  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights, in training with fp32 master weights; --no-bf16: fp32
-    flash_attn: bool = False  # accepted for old commands: on a GPU bf16 attention is FlashAttention anyway
+    flash_attn: bool = False  # accepted for old commands: on a GPU FlashAttention runs wherever it can
     gradient_checkpointing: bool = False  # recompute activations: less memory, up to a third more time
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
     lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
@@ -80,7 +80,7 @@ class Args:
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
-    cache_dir: str = "~/.cache/flatalign"  # encoded rows, reference log-probs, top-k tables; may be deleted
+    cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else is computed once; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
     label_key: str = "label"  # column that says whether the response is good: true, 1, false or 0
@@ -107,7 +107,7 @@ class Args:
     seed: int = 42  # of everything random: data order, LoRA's start and dropout
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
     micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
-    packing_samples: bool = False  # fill each forward pass to micro_train_batch_size x max_len tokens instead
+    packing_samples: bool = False  # fill passes to micro_train_batch_size x max_len tokens (pairs: twice)
     zero_stage: Literal[0, 1, 2, 3] = 2  # sharded: 0 and 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
 
@@ -118,14 +118,14 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # where its folder of checkpoints is, until the end; default: by save_path
+    ckpt_path: str | None = None  # where the folder of checkpoints is until the end; default: by save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        positive = "train_batch_size micro_train_batch_size max_len max_epochs max_steps logging_steps"
-        for name in [*positive.split(), "max_ckpt_num"]:
+        counts = ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "max_steps")
+        for name in (*counts, "logging_steps", "max_ckpt_num"):
             if getattr(self, name) < 1:
                 die(f"--{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("beta", "desirable_loss_weight", "undesirable_loss_weight"):
@@ -190,7 +190,7 @@ def open_rows(name, split, cache_dir=None):
             # types ("2026-01-01" becomes a date) and fails where columns are mixed.
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
-            return tuple(json.loads(Path(path).read_bytes()))  # no list: see encode_table
+            return list(json.loads(Path(path).read_bytes()))
         if kind in ("csv", "parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
@@ -210,7 +210,7 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
         die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
@@ -395,7 +395,7 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
         lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
-        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # dealt to the processes
+        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
         fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
     )
@@ -761,7 +761,7 @@ def start_engine(args, total_steps, wrapper=LogProbs):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model).eval()  # the step changes it to training, where it checkpoints and drops out
+    wrapped = wrapper(model).eval()  # for check_attention; the step sets training mode
     return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
@@ -822,9 +822,11 @@ def fetch_rows(table, indices, partners, args):
     partner_rows = [] if args.apo_zero_unpaired else fetch(table, partners[indices])
     for example, partner in zip(examples, partner_rows):
         prompt = example["input_ids"][~example["trained"]]
-        ids = np.append(prompt, partner["input_ids"][partner["trained"]])[: args.max_len]
+        response = partner["input_ids"][partner["trained"]]
+        ids = np.append(prompt, response)[: args.max_len]
+        trained = np.arange(len(ids)) >= len(prompt)
         sizes = {"length": len(ids), "n_trained": len(ids) - len(prompt)}
-        mismatched.append({"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt), **sizes})
+        mismatched.append({"input_ids": ids, "trained": trained, **sizes})
     return examples, mismatched
 
 
@@ -879,7 +881,7 @@ def identify(args):
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
-    for flag in ("pretrain", "dataset", "ref_pretrain", "teacher_model"):
+    for flag in ("pretrain", "dataset", "ref_pretrain", "teacher_model"):  # those that there are
         names = identity.get(flag)
         if names and Path(names).resolve() != Path(args.save_path).resolve():  # else the run will change it
             identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]

@@ -483,6 +483,15 @@ def test_bad_input(home, samples, tmp_path, capsys):
 # --- vLLM
 
 
+def test_an_engine_that_fails_ends_the_others(tmp_path, monkeypatch):
+    code = "import os, time; time.sleep(60 if os.environ['RANK'] == '0' else 0); raise SystemExit(1)"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])
+    started = time.monotonic()
+    with pytest.raises(SystemExit):
+        script.run_engines(tmp_path, script.Args("generate", "out", "rows", pretrain="x", dp_size=2))
+    assert time.monotonic() - started < 30
+
+
 @pytest.mark.slow
 @needs_vllm
 def test_vllm(home, tmp_path):

@@ -324,13 +324,18 @@ def test_equals_plain_torch(ranks, case, plain, run, other, tmp_path, two_ranks)
 
 
 def test_reference_is_computed_once(run, other, tmp_path):
-    """Again only for another reference or dtype; not for another loss, learning rate or seed."""
+    """Again only for another reference, dtype or forward pass; not for another loss, learning rate or seed."""
     harmless = {"learning_rate": 1e-4, "beta": 0.3, "seed": 1, "loss_type": "hinge", "train_batch_size": 7}
     runs = [({}, 1), (harmless, 1), ({"ref_pretrain": other}, 2), ({"bf16": True}, 3)]
     runs.append((harmless | {"ref_pretrain": other}, 3))
     with mock.patch.object(dpo, "start_frozen", wraps=dpo.start_frozen) as start_frozen:
         for i, (flags, count) in enumerate(runs):
             run(save_path=str(tmp_path / f"{i}"), max_steps=1, **flags)
+            assert start_frozen.call_count == count
+        for name, old, count in (("forward", "fp32 nats", 4), ("loss", "# A tie is half right", 4)):
+            (tmp_path / f"{name}.py").write_text(Path(dpo.__file__).read_text().replace(old, ""))
+            with mock.patch.object(dpo, "__file__", str(tmp_path / f"{name}.py")):
+                run(save_path=str(tmp_path / name), max_steps=1)
             assert start_frozen.call_count == count
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-MAX_LINES = {"sft.py": 965, "kd.py": 1145, "dpo.py": 1160, "kto.py": 1140, "batch_infer.py": 1000}
+MAX_LINES = {"sft.py": 965, "kd.py": 1145, "dpo.py": 1160, "kto.py": 1140, "batch_infer.py": 1005}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
 MAX_TEST_LINES = 3600  # of tests/*.py together

@@ -109,17 +109,21 @@ def test_labels_are_read_strictly(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["sampled", "hh-rlhf"])
-def test_a_pair_becomes_two_rows(kind, tiny, tokenizer, tmp_path):
+def test_a_pair_becomes_two_rows(kind, tokenizer):
     prompt, end = ("", "") if kind == "sampled" else ("\n\nHuman: Say it.\n\nAssistant:", "<eos>")
     pair = {"chosen": f"{prompt}red river", "rejected": f"{prompt}old stone"}
     if kind == "sampled":  # what the sampler cut is trained without EOS
         pair |= {"prompt": "Say it.\n", "rejected_finish_reason": "length"}
-    data = write_rows(tmp_path / "pairs.jsonl", [pair] * 3)
-    args = kto.Args(pretrain=tiny, dataset=data, cache_dir=str(tmp_path))
-    table = kto.load_examples(data, None, "train", kto.encode_labelled, tokenizer, args)
-    assert table["desirable"] == [True, False] * 3 and len(set(table["prompt_hash"])) == 1
-    found = [example["input_ids"][example["trained"]] for example in kto.fetch(table, [0, 1])]
+    good, bad = kto.encode_labelled(pair, tokenizer, kto.Args(pretrain="", dataset=""))
+    assert (good["desirable"], bad["desirable"]) == (True, False) and good["prompt_hash"] == bad["prompt_hash"]
+    found = [example["input_ids"][example["trained"]] for example in (good, bad)]
     assert [tokenizer.decode(ids) for ids in found] == ["red river<eos>", f"old stone{end}"]
+
+
+def test_a_sampled_row_has_its_prompt_in_input(tokenizer):
+    row = {"prompt": "red?", "input": "Say red.\n", "output": "river", "finish_reason": "stop", "label": 1}
+    (example,) = kto.encode_labelled(row, tokenizer, kto.Args(pretrain="", dataset=""))
+    assert tokenizer.decode(example["input_ids"]) == "Say red.\nriver<eos>"
 
 
 def test_equals_trl(tiny, other, tmp_path):

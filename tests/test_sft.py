@@ -296,13 +296,13 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "text in the chat template": (QA | {"input": "red?"}, CHAT_FLAG, FIRST, [" old<eos>"]),
     "two columns of messages": ({"prompt": CHAT[:3], "completion": CHAT[3:]}, {}, PROMPT, ["walls<eos>"]),
     "Alpaca": ({"instruction": "say", "input": "red", "output": " old"}, {}, "say\n\nred", [" old<eos>"]),
-    "Alpaca without input": ({"instruction": "say", "input": "", "output": " old"}, {}, "say", [" old<eos>"]),
     "one column": ({"text": "the red river"}, {}, "the", [" red river<eos>"]),
     "pretrain_mode": (QA | {"x": "the red"}, {"pretrain_mode": True, "input_key": "x"}, "the", [" red<eos>"]),
     "thoughts of earlier turns": ({"messages": THINKING}, FORGETS, PROMPT, ["walls<eos>"]),
     "a turn ends in another token": ({"messages": CHAT}, PAD_ENDS, PROMPT.replace("<eos>", "<pad>"), ["walls<pad>"]),
     "no end in the template": ({"messages": CHAT}, NO_END, PROMPT.replace("<eos>", ""), ["walls<eos>"]),
     "sampled": (SAMPLED, {"apply_chat_template": True, "input_template": "Q {}"}, PROMPT, ["old<eos>"]),
+    "sampled, of a row with other columns": (SAMPLED | {"instruction": "x"}, {}, PROMPT, ["old<eos>"]),
     "sampled, cut": (SAMPLED | {"finish_reason": "length"}, {}, PROMPT, ["old"]),
     "sampled, nothing": (SAMPLED | {"output": ""}, {}, PROMPT, ["<eos>"]),
     "sampled from messages": (SAMPLED | {"messages": CHAT[:3]}, {}, PROMPT, ["old<eos>"]),
@@ -312,7 +312,6 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "BOS": (QA, {}, "<bos>red", [" old<eos>"]),
     "BOS in the text": (QA | {"input": "<bos>red"}, {}, "<bos>red", [" old<eos>"]),
     "BOS in the template": ({"messages": CHAT[:2]}, {}, f"<bos>{FIRST}", ["river<eos>"]),
-    "BOS, one column": ({"text": "red old"}, {}, "<bos>", ["red old<eos>"]),
     "BOS, sampled": (QA | {"input": "<bos>red", "finish_reason": "length"}, {}, "<bos>red", [" old"]),
 }  # fmt: skip
 
@@ -652,7 +651,6 @@ def test_python_without_launcher(tiny, rows_file, tmp_path):
 
 GOOD = json.dumps(QA) + "\n"
 REWRITES = {"tokenizer_chat_template": "{{ messages | length }}" + CHAT_TEMPLATE}
-STRICT = {"tokenizer_chat_template": "{{ raise_exception('roles must alternate') }}"}
 
 
 def chat_row(*messages):
@@ -666,14 +664,11 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
     # --- columns and values
     "missing column": ({"input_key": "prompt"}, GOOD, ["no column prompt", "--input_key.* input, output"]),
-    "unknown columns": ({}, '{"a": "x", "b": "y"}\n', ["rows.jsonl:1", "known layout", "--input_key.* a, b"]),
     "null": ({}, GOOD + GOOD.replace('"red"', "null"), [r"rows\.jsonl:2", "neither text"]),
     "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
     "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "nothing to train within max_len"]),
     # --- conversations
     "no answer": ({}, chat_row(CHAT[0]), ["no assistant turn"]),
-    "content in parts": ({}, chat_row(CHAT[0] | {"content": ["x"]}, CHAT[1]), ["needs role and content"]),
-    "template refuses": (STRICT, chat_row(*CHAT[:2]), ["roles must alternate"]),
     "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
     "template rewrites an answer": (FORGETS | {"multiturn": True}, chat_row(*THINKING), ["rewrites earlier turns"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT[:2]), ["chat template|chat_template"]),

@@ -77,7 +77,6 @@ def test_defaults_are_trinitys(show):
     [
         ({"algorithm.policy_loss_fn_args": {"beta": 0.5, "label_smoothing": 0.1}}, {"beta": 0.5, "label_smoothing": 0.1}),
         ({f"{OPTIMIZER}.warmup_style": "cosine"}, {"lr_scheduler": "cosine_with_min_lr", "min_lr_ratio": 0.01}),
-        ({OPTIMIZER: {"min_lr_ratio": 0.1, "lr_warmup_steps_ratio": 0.2}}, {"min_lr_ratio": 0.1, "lr_warmup_ratio": 0.2}),
         ({OPTIMIZER: {"betas": [0.9, "0.95"], "weight_decay": 0}}, {"adam_betas": (0.9, 0.95), "l2": 0.0}),
         ({"trainer.grad_clip": 2.0, f"{OPTIMIZER}.clip_grad": 3}, {"max_norm": 3.0}),
         ({"trainer.save_interval": 0, "trainer.max_checkpoints_to_keep": 2}, {"save_steps": -1, "max_ckpt_num": 2}),
@@ -87,11 +86,8 @@ def test_defaults_are_trinitys(show):
         (SFT | {"trainer.max_token_len_per_gpu": 22000}, {"micro_train_batch_size": 10}),
         ({"trainer.use_dynamic_bsz": False, f"{VERL}.actor.ppo_micro_batch_size_per_gpu": 2}, {"packing_samples": False}),
         ({f"{DATA}.split": "train_prefs", f"{DATA}.subset_name": "math"}, {"dataset_split": "train_prefs", "dataset": "owner/pairs@math"}),
-        ({f"{DATA}.format": {"prompt_type": "PLAINTEXT", "prompt_key": "q"}}, {"prompt_key": "q", "apply_chat_template": True}),
-        ({f"{DATA}.format": {"messages_key": "m"}}, {"prompt_key": "m", "apply_chat_template": False}),
         (SFT, {"input_key": "prompt", "output_key": "response", "apply_chat_template": True, "multiturn": False}),
         (SFT | {f"{DATA}.format": {"messages_key": "m", "enable_concatenated_multi_turn": True}}, {"input_key": "m", "multiturn": True}),
-        ({"stages": [], "data_processor": {}, "explorer": {"runner_num": 4}, "log": {"level": "INFO"}}, {}),
     ],
 )  # fmt: skip
 def test_key_becomes_flag(show, changes, flags):
@@ -106,8 +102,6 @@ def test_interpolation_and_variables(show, monkeypatch):
     changes["model.model_path"] = "${oc.env:TRINITY_MODEL_PATH,owner/default}"
     args, *_ = show(changes)
     assert (args.dataset, args.pretrain, args.save_path) == ("/data/x", "owner/default", "p/data/p/n/model")
-    monkeypatch.setenv("TRINITY_MODEL_PATH", "owner/other")
-    assert show(changes)[0].pretrain == "owner/other"
 
 
 @pytest.mark.parametrize(
@@ -115,13 +109,9 @@ def test_interpolation_and_variables(show, monkeypatch):
     [
         ({f"{OPTIMIZER}.learning_rate": 1}, f"{OPTIMIZER}.learning_rate: is not known: write {OPTIMIZER}."),
         ({"algorithm.algorithm_type": "grpo"}, "algorithm.algorithm_type: is grpo: write dpo or sft"),
-        ({f"{DATA}.path": "$NOT_SET_HERE/x"}, f"{DATA}.path: $NOT_SET_HERE/x: export NOT_SET_HERE="),
-        ({f"{DATA}.path": None}, f"{DATA}.path: is missing"),
         ({"model.model_path": "${oc.env:NOT_SET_HERE}"}, "model.model_path: Environment variable 'NOT_SET_HERE' not found"),
-        ({"buffer.train_batch_size": None}, "buffer.train_batch_size: write the number of rows"),
         ({"model.temperature": 0.7}, "model.temperature: is 0.7: write 1"),
         ({f"{VERL}.actor.optim.lr": 1e-4}, "actor.optim.lr: is 0.0001: write it into algorithm.optimizer"),
-        ("- 1", "holds no settings"),
     ],
 )  # fmt: skip
 def test_bad_file_stops_in_one_line(show, capsys, config, message):
