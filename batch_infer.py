@@ -131,8 +131,7 @@ class Args:
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if self.input_template and "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = ""
+            die(f"--input_template {self.input_template!r} has no {{}} for the prompt")
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.

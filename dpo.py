@@ -13,7 +13,6 @@ mean of -log pi over the chosen tokens of the step (arXiv:2404.19733).
 Deviations from the usual trainer, beside those of sft.py (exact under any split of a step, no padding):
  1. A prompt is computed once: both responses hang off it, and attention follows that tree.
  2. The reference's log-probs are computed before the policy is loaded, once, and kept in --cache_dir.
- 3. Where the reference is the start policy, the run stops unless the first loss is that of h = 0 (ln 2).
 
 A data row, one of (other columns: --prompt_key, --chosen_key, --rejected_key):
     {"prompt": "2+2?", "chosen": "4", "rejected": "5"}                             text, or lists of messages
@@ -42,8 +41,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Every pack has another size: without this the allocator fragments the GPU's memory.
+# Every pack has another size: GPU memory would fragment, and a CPU would keep the kernels of 1,024 sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are encoded by several processes instead
 
 import jinja2
@@ -124,7 +124,7 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # where the folder of checkpoints is until the end; default: by save_path
+    ckpt_path: str | None = None  # where checkpoints are until the end; default: beside save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
@@ -135,14 +135,14 @@ class Args:
             if getattr(self, name) < 1:
                 die(f"--{name} must be 1 or more, not {getattr(self, name)}")
         self.save_path = self.save_path.rstrip("/")
-        folder, name = os.path.split(self.save_path)  # of its own, as it is removed at the end
-        self.ckpt_path = os.path.join(self.ckpt_path or folder, f"{name}.ckpt")
+        if os.path.islink(self.save_path):  # the folder that it names will be replaced
+            self.save_path = os.path.realpath(self.save_path)
+        checkpoints = f"{self.save_path}.ckpt"  # this run's own folder, which is removed at the end
+        if self.ckpt_path:
+            checkpoints = os.path.join(self.ckpt_path, checkpoints.replace("/", "_"))
+        self.ckpt_path = checkpoints
         if self.input_template and "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = None
-        if self.use_wandb and not transformers.integrations.is_wandb_available():
-            note("notice wandb is not installed: metrics are in metrics.jsonl only")
-            self.use_wandb = None
+            die(f"--input_template {self.input_template!r} has no {{}} for the prompt")
         if self.ipo and self.loss_type not in ("sigmoid", "ipo"):
             die("--ipo is --loss_type ipo: leave one of the two out")
         self.loss_type = "ipo" if self.ipo else self.loss_type
@@ -157,15 +157,16 @@ class Args:
             die(f"--loss_type {self.loss_type} has no reference: leave out --ref_pretrain")
         if "means" in takes and not (self.loss_type == "ipo" and self.ipo_sum):
             self.length_normalized = True
-        if self.length_normalized and self.beta == 0.1:
-            note("notice --beta 0.1 is small for a loss of means per token: 2 to 10 are usual")
+        if self.length_normalized and self.beta == 0.1 and self.loss_type != "ipo":
+            note("notice --beta 0.1 is small for a loss of means per token: SimPO's paper takes 2 to 10")
 
 
 # A run may be resumed with other values of these flags; every other flag belongs to its identity.
 FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split
     eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
     local_rank""".split()
-# These, and the text of this script above the packing, decide how a row is encoded.
+# These and the text of this script above the packing decide how a row is encoded: a new flag that
+# encode_pair reads goes here, or rows encoded with its old value are found again.
 DATA_FLAGS = """max_samples max_len prompt_key chosen_key rejected_key input_template
     apply_chat_template""".split()
 FEATURES = Features(  # the columns of an encoded row
@@ -316,43 +317,38 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def split_response(prompt, response, args):
+def split_response(row, prompt_key, response_key, args):
     """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
+    prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
+    if prompt is not None and prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
     if prompt is not None:
         return prompt, response
     head, mark, answer = str(response).rpartition("\n\nAssistant:")
     if not mark or args.apply_chat_template:
-        raise ValueError("no prompt column (text as in hh-rlhf needs none, without --apply_chat_template)")
+        needs = "text as in hh-rlhf needs none, without --apply_chat_template"
+        raise ValueError(f"no prompt among {', '.join(row)} ({needs})")
     return head + mark, answer
-
-
-def pair_columns(row, args):
-    """(prompt column or None, chosen column, rejected column) of a row."""
-    known = ("prompt", "question", "instruction", "input")
-    prompt_key = args.prompt_key or next((key for key in known if key in row), None)
-    keys = (prompt_key, args.chosen_key, args.rejected_key)
-    missing = [key for key in keys if key and key not in row]
-    if missing:
-        flags = "--prompt_key, --chosen_key, --rejected_key"
-        raise ValueError(f"no column {' or '.join(missing)} ({flags}) but {', '.join(row)}")
-    return keys
 
 
 def encode_pair(row, tokenizer, args):
     """The examples of a row, just one here: a pair whose prompt is stored once."""
-    prompt_key, *response_keys = pair_columns(row, args)
+    known = ("prompt", "question", "instruction", "input")
+    prompt_key = args.prompt_key or next((key for key in known if key in row), None)
     sides = []
-    for key, name in zip(response_keys, ("chosen", "rejected")):
-        prompt, response = split_response(row.get(prompt_key), row[key], args)
+    for name, key in (("chosen", args.chosen_key), ("rejected", args.rejected_key)):
+        if key not in row:
+            raise ValueError(f"no column {key} (--{name}_key) but {', '.join(row)}")
+        prompt, response = split_response(row, prompt_key, key, args)
         sides.append(encode(prompt, response, tokenizer, args, row.get(f"{name}_finish_reason")))
     (chosen, chosen_trained), (rejected, rejected_trained) = sides
-    if np.array_equal(chosen, rejected):  # if only after truncation
+    if np.array_equal(chosen, rejected):  # perhaps only because both were cut
         raise ValueError("chosen == rejected")
-    limit = min(chosen_trained.argmax(), rejected_trained.argmax())
-    differ = np.flatnonzero(chosen[:limit] != rejected[:limit])
-    n_prompt = differ[0] if len(differ) else limit
+    n_prompt = min(chosen_trained.argmax(), rejected_trained.argmax())
+    while (chosen[:n_prompt] != rejected[:n_prompt]).any():  # conversations may part earlier
+        n_prompt -= 1
     ids = np.concatenate([chosen, rejected[n_prompt:]])
     trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
     ends = [n_prompt, len(chosen), len(ids)]
@@ -493,7 +489,7 @@ def pack_trees(examples, device):
         rejected = np.r_[0:n_prompt, n_first:n_all]  # of the prompt and the rejected one
         position_ids += [chosen, np.arange(n_prompt, len(rejected))]
         keys += [start + chosen, start + rejected]
-        predictors += [start + chosen - 1, start + rejected[n_prompt - 1 : -1]]
+        predictors += [start + chosen - 1, start + np.roll(rejected, 1)[n_prompt:]]
         n_q += [n_first, n_all - n_first]
         start += n_all
     input_ids = np.concatenate([example["input_ids"] for example in examples])
@@ -606,6 +602,13 @@ class LogProbs(torch.nn.Module):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
+def pair_logps(engine, examples):
+    """Log-probs [B, 2] of the chosen and the rejected responses: sums, in nats."""
+    per_token_logps = engine(pack_trees(examples, engine.device)).double()  # h is a small difference of sums
+    sizes = np.concatenate([example["sizes"] for example in examples]).tolist()
+    return torch.stack([part.sum() for part in per_token_logps.split(sizes)]).view(-1, 2)
+
+
 # --- the loss and the step
 
 
@@ -638,21 +641,14 @@ def pair_loss(chosen, rejected, args):
     raise NotImplementedError(args.loss_type)
 
 
-def pair_logps(engine, examples):
-    """Log-probs [B, 2] of the chosen and the rejected responses: sums, in nats."""
-    per_token_logps = engine(pack_trees(examples, engine.device)).double()  # small differences of large sums
-    sizes = np.concatenate([example["sizes"] for example in examples]).tolist()
-    return torch.stack([part.sum() for part in per_token_logps.split(sizes)]).view(-1, 2)
-
-
 def dpo_step(engine, examples, ref_logps, args, train=True):
     """Forward and backward over the pairs of one optimiser step, in as many passes as it takes.
 
     Each pass adds its share of the loss, a mean over the pairs of the whole step on all ranks. ref_logps
-    [B, 2]: as pair_logps, of the reference. Returns metrics, the same on all ranks.
+    [B, 2]: what pair_logps gives under the reference. Returns metrics, the same on all ranks.
     """
     sizes = np.array([example["sizes"] for example in examples])  # [B, 2]
-    n_chosen, n_rejected = sizes.sum(0).tolist()
+    n_chosen = sizes[:, 0].sum()  # tokens
     passes = split_step([example["length"] for example in examples], args, n_responses=2)
     engine.train(train)
     totals = 0
@@ -661,8 +657,9 @@ def dpo_step(engine, examples, ref_logps, args, train=True):
         with torch.set_grad_enabled(train):
             logps = pair_logps(engine, [examples[j] for j in members])
             values = logps - to_device(ref_logps[members], engine.device)
+            lengths = to_device(sizes[members], engine.device)
             if args.length_normalized:
-                values = values / to_device(sizes[members], engine.device)
+                values = values / lengths
             chosen, rejected = values.unbind(1)
             nll = -logps[:, 0].sum() / n_chosen
             loss = pair_loss(chosen, rejected, args).sum() / len(examples) + args.nll_loss_coef * nll
@@ -676,21 +673,13 @@ def dpo_step(engine, examples, ref_logps, args, train=True):
             "rewards/accuracies": (chosen > rejected) + 0.5 * (chosen == rejected),
             "logps/chosen": logps[:, 0],
             "logps/rejected": logps[:, 1],
+            "length/chosen": lengths[:, 0],
+            "length/rejected": lengths[:, 1],
         }
         shares = [loss, nll, *(value.sum() / len(examples) for value in means.values())]
         totals = totals + weight * torch.stack(shares).detach()
     dist.all_reduce(totals)
-    metrics = dict(zip(["loss", "nll", *means], totals.tolist()))
-    n_tokens = {"length/chosen": n_chosen, "length/rejected": n_rejected}
-    return metrics | {name: n / len(examples) for name, n in n_tokens.items()}
-
-
-def check_first_step(metrics, args):
-    """Stops unless the first loss is that of h = 0, but for rounding: the policy is still the reference."""
-    known = pair_loss(torch.zeros(1), torch.zeros(1), args).item()
-    found = metrics["loss"] - args.nll_loss_coef * metrics["nll"]
-    if abs(found - known) > (0.1 if args.bf16 else 1e-4) * (1 + known):
-        die(f"step 1: the policy is the reference, so the loss must be {known:.7f}, but is {found:.7f}")
+    return dict(zip(["loss", "nll", *means], totals.tolist()))
 
 
 # --- model and engine
@@ -834,15 +823,19 @@ def check_attention(engine, pack, alone, args):
 
 def check_tree(engine, args):
     """check_attention on two made-up trees, against each of their four branches alone."""
-    trees, branches = [], []
+
+    def tree(ids, end):
+        """A prompt of 5 tokens, a chosen response that ends there, a rejected one of what is left."""
+        n = len(ids)
+        return {"input_ids": ids, "trained": np.arange(n) > 4, "ends": np.array([5, end, n])}
+
+    trees, alone = [], []
     for n in (23, 30):
-        ids = np.arange(n) * 7 % 100
-        trees.append({"input_ids": ids, "trained": np.arange(n) > 4, "ends": np.array([5, 14, n])})
+        ids = np.arange(n) * 7 % 32
+        trees.append(tree(ids, 14))
         for branch in (ids[:14], np.r_[ids[:5], ids[14:]]):
-            size = len(branch)
-            alone = {"input_ids": branch, "trained": np.arange(size) > 4, "ends": np.array([5, size, size])}
-            branches.append(pack_trees([alone], engine.device))
-    check_attention(engine, pack_trees(trees, engine.device), branches, args)
+            alone.append(pack_trees([tree(branch, len(branch))], engine.device))
+    check_attention(engine, pack_trees(trees, engine.device), alone, args)
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):
@@ -863,7 +856,7 @@ def reference_logps(table, args, device):
     if "reference" not in LOSSES[args.loss_type]:
         return np.zeros((len(table), 2))
     path = args.ref_pretrain or args.pretrain
-    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # all that computes log-probs
+    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # what computes log-probs
     decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16])
     file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
     found = [file.exists()]
@@ -924,7 +917,7 @@ def publish(args):
 
     Of a model that was there before, what is no model file (rows, a log) survives.
     """
-    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path).resolve()  # it may be a link
+    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
     if not (partial / "args.json").exists():
         return
     if target.exists():
@@ -947,21 +940,22 @@ def open_run(args, identity):
     if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
         die(f"--save_path {target} is a mount point or a file: name a folder")
     in_place = target.resolve() == Path(args.pretrain).resolve()
-    if (target / "config.json").exists() and not in_place:
+    models = [*target.glob("*config.json"), *target.glob("*.safetensors")]  # of adapters, too
+    if models and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
-    newest = checkpoints(args)[:1]
-    for folder in newest:
-        changed = difference(folder, identity)
+    folders = checkpoints(args)
+    if folders:
+        changed = difference(folders[0], identity)
         if changed:
-            die(f"{folder} is a checkpoint of another run, remove it: {changed}")
-        note(f"resume {folder}")
-    if not newest:
+            die(f"{folders[0]} is a checkpoint of another run, remove it: {changed}")
+        note(f"resume {folders[0]}")
+    else:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return int(newest[0].name[5:]) if newest else 0
+    return int(folders[0].name[5:]) if folders else 0
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -1059,8 +1053,8 @@ def main(args):
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: dpo (inputs)
     encoding = (encode_pair, tokenizer, args)
-    if args.ref_pretrain:
-        load_tokenizer(args.ref_pretrain, args)  # stops where there is no such model
+    if args.ref_pretrain and load_tokenizer(args.ref_pretrain, args).get_vocab() != tokenizer.get_vocab():
+        note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
@@ -1085,13 +1079,9 @@ def main(args):
     references = {table: reference_logps(table, args, device) for table in filter(len, (examples, held_out))}
     engine = start_engine(args, total_steps)
     check_tree(engine, args)
-    starts_at_reference = "reference" in LOSSES[args.loss_type] and args.ref_pretrain in (None, args.pretrain)
 
     def take_step(table, indices, train=True):
-        metrics = dpo_step(engine, fetch(table, indices), references[table][indices], args, train)
-        if train and engine.global_steps == 0 and starts_at_reference:
-            check_first_step(metrics, args)
-        return metrics
+        return dpo_step(engine, fetch(table, indices), references[table][indices], args, train)
 
     shown = fetch(examples, [0])[0]
     end = shown["ends"][1]

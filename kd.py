@@ -40,8 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Every pack has another size: without this the allocator fragments the GPU's memory.
+# Every pack has another size: GPU memory would fragment, and a CPU would keep the kernels of 1,024 sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are encoded by several processes instead
 
 import jinja2
@@ -120,7 +121,7 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # where the folder of checkpoints is until the end; default: by save_path
+    ckpt_path: str | None = None  # where checkpoints are until the end; default: beside save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
@@ -133,21 +134,22 @@ class Args:
         if not 0 <= self.kd_coef <= 1 or self.kd_temperature <= 0 or self.teacher_topk < 0:
             die("--kd_coef must be 0 to 1, --kd_temperature above 0, --teacher_topk 0 or more")
         self.save_path = self.save_path.rstrip("/")
-        folder, name = os.path.split(self.save_path)  # of its own, as it is removed at the end
-        self.ckpt_path = os.path.join(self.ckpt_path or folder, f"{name}.ckpt")
+        if os.path.islink(self.save_path):  # the folder that it names will be replaced
+            self.save_path = os.path.realpath(self.save_path)
+        checkpoints = f"{self.save_path}.ckpt"  # this run's own folder, which is removed at the end
+        if self.ckpt_path:
+            checkpoints = os.path.join(self.ckpt_path, checkpoints.replace("/", "_"))
+        self.ckpt_path = checkpoints
         if self.input_template and "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = None
-        if self.use_wandb and not transformers.integrations.is_wandb_available():
-            note("notice wandb is not installed: metrics are in metrics.jsonl only")
-            self.use_wandb = None
+            die(f"--input_template {self.input_template!r} has no {{}} for the prompt")
 
 
 # A run may be resumed with other values of these flags; every other flag belongs to its identity.
 FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split
     eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
     local_rank""".split()
-# These, and the text of this script above the packing, decide how a row is encoded.
+# These and the text of this script above the packing decide how a row is encoded: a new flag that
+# encode_example reads goes here, or rows encoded with its old value are found again.
 DATA_FLAGS = """max_samples max_len input_key output_key input_template apply_chat_template multiturn
     pretrain_mode""".split()
 FEATURES = Features(  # the columns of an encoded row
@@ -819,7 +821,7 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
 
 def check_rows(engine, args):
     """check_attention on two made-up rows."""
-    two = [{"input_ids": np.arange(n) * 7 % 100, "trained": np.arange(n) > 4} for n in (17, 23)]
+    two = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
     alone = [pack_rows([example], engine.device) for example in two]
     check_attention(engine, pack_rows(two, engine.device), alone, args)
 
@@ -906,7 +908,7 @@ def publish(args):
 
     Of a model that was there before, what is no model file (rows, a log) survives.
     """
-    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path).resolve()  # it may be a link
+    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
     if not (partial / "args.json").exists():
         return
     if target.exists():
@@ -929,21 +931,22 @@ def open_run(args, identity):
     if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
         die(f"--save_path {target} is a mount point or a file: name a folder")
     in_place = target.resolve() == Path(args.pretrain).resolve()
-    if (target / "config.json").exists() and not in_place:
+    models = [*target.glob("*config.json"), *target.glob("*.safetensors")]  # of adapters, too
+    if models and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
-    newest = checkpoints(args)[:1]
-    for folder in newest:
-        changed = difference(folder, identity)
+    folders = checkpoints(args)
+    if folders:
+        changed = difference(folders[0], identity)
         if changed:
-            die(f"{folder} is a checkpoint of another run, remove it: {changed}")
-        note(f"resume {folder}")
-    if not newest:
+            die(f"{folders[0]} is a checkpoint of another run, remove it: {changed}")
+        note(f"resume {folders[0]}")
+    else:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return int(newest[0].name[5:]) if newest else 0
+    return int(folders[0].name[5:]) if folders else 0
 
 
 def save_checkpoint(engine, args, step, identity):

@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimisation (KTO) in one file: preferences without pairs, each response good or bad.
 
 With r(y) = sum_t log pi(y_t) - log ref(y_t), the loss is the mean over the rows of an optimiser step of
-    desirable    w_D (1 - sigmoid(beta (r(y) - z0)))    Eq. 7-8 of arXiv:2402.01306; w_D, w_U: its lambdas
+    desirable    w_D (1 - sigmoid(beta (r(y) - z0)))    Eq. 7 of arXiv:2402.01306; w_D, w_U: its lambdas
     undesirable  w_U (1 - sigmoid(beta (z0 - r(y))))
     z0 = max(0, mean over the rows of r(y'))            y': the response of another row; no gradient
 --apo_zero_unpaired: w_D (1 - sigmoid(beta r)) and w_U sigmoid(beta r), without z0: Eq. 5 of arXiv:2408.06266.
@@ -40,8 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Every pack has another size: without this the allocator fragments the GPU's memory.
+# Every pack has another size: GPU memory would fragment, and a CPU would keep the kernels of 1,024 sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are encoded by several processes instead
 
 import jinja2
@@ -118,7 +119,7 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # where the folder of checkpoints is until the end; default: by save_path
+    ckpt_path: str | None = None  # where checkpoints are until the end; default: beside save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
@@ -132,21 +133,22 @@ class Args:
             if getattr(self, name) <= 0:
                 die(f"--{name} must be above 0, not {getattr(self, name)}")
         self.save_path = self.save_path.rstrip("/")
-        folder, name = os.path.split(self.save_path)  # of its own, as it is removed at the end
-        self.ckpt_path = os.path.join(self.ckpt_path or folder, f"{name}.ckpt")
+        if os.path.islink(self.save_path):  # the folder that it names will be replaced
+            self.save_path = os.path.realpath(self.save_path)
+        checkpoints = f"{self.save_path}.ckpt"  # this run's own folder, which is removed at the end
+        if self.ckpt_path:
+            checkpoints = os.path.join(self.ckpt_path, checkpoints.replace("/", "_"))
+        self.ckpt_path = checkpoints
         if self.input_template and "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = None
-        if self.use_wandb and not transformers.integrations.is_wandb_available():
-            note("notice wandb is not installed: metrics are in metrics.jsonl only")
-            self.use_wandb = None
+            die(f"--input_template {self.input_template!r} has no {{}} for the prompt")
 
 
 # A run may be resumed with other values of these flags; every other flag belongs to its identity.
 FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split
     eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
     local_rank""".split()
-# These, and the text of this script above the packing, decide how a row is encoded.
+# These and the text of this script above the packing decide how a row is encoded: a new flag that
+# encode_labelled reads goes here, or rows encoded with its old value are found again.
 DATA_FLAGS = """max_samples max_len input_key output_key label_key input_template
     apply_chat_template""".split()
 FEATURES = Features(  # the columns of an encoded row
@@ -297,15 +299,19 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def split_response(prompt, response, args):
+def split_response(row, prompt_key, response_key, args):
     """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
+    prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
+    if prompt is not None and prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
     if prompt is not None:
         return prompt, response
     head, mark, answer = str(response).rpartition("\n\nAssistant:")
     if not mark or args.apply_chat_template:
-        raise ValueError("no prompt column (text as in hh-rlhf needs none, without --apply_chat_template)")
+        needs = "text as in hh-rlhf needs none, without --apply_chat_template"
+        raise ValueError(f"no prompt among {', '.join(row)} ({needs})")
     return head + mark, answer
 
 
@@ -319,13 +325,13 @@ def read_label(value):
 
 def labelled_columns(row, args):
     """(prompt column or None, response column) of a row; the response column of a pair is "chosen"."""
-    prompts = ("prompt", "input", "instruction", "question")
+    prompts = ("prompt", "instruction", "input", "question")
     if "finish_reason" in row:  # of batch_infer.py: other columns are the prompt before its template
         prompts = ("input",)
     responses = ("chosen", "completion", "output", "response", "messages", "conversations")
     prompt_key = args.input_key or next((key for key in prompts if key in row), None)
     response_key = args.output_key or next((key for key in responses if key in row), None)
-    if args.input_key and not args.output_key:
+    if args.input_key and not args.output_key and "chosen" not in row:
         prompt_key, response_key = None, args.input_key
     if response_key not in row or prompt_key not in (None, *row):
         raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
@@ -340,7 +346,7 @@ def encode_labelled(row, tokenizer, args):
         sides = [(response_key, "finish_reason", read_label(row.get(args.label_key)))]
     examples = []
     for key, finish_key, desirable in sides:
-        prompt, response = split_response(row.get(prompt_key), row[key], args)
+        prompt, response = split_response(row, prompt_key, key, args)
         ids, trained = encode(prompt, response, tokenizer, args, row.get(finish_key))
         example = {"input_ids": ids, "trained": trained, "desirable": desirable}
         examples.append(example | {"prompt_hash": zlib.crc32(ids[~trained].tobytes())})
@@ -575,11 +581,47 @@ class LogProbs(torch.nn.Module):
         return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
+def response_logps(engine, examples):
+    """Log-probs [B] of the responses: sums, in nats."""
+    per_token_logps = engine(pack_rows(examples, engine.device)).double()  # r is a small difference of sums
+    sizes = [int(example["trained"].sum()) for example in examples]
+    return torch.stack([part.sum() for part in per_token_logps.split(sizes)])
+
+
+def choose_partners(prompts, seed):
+    """[N], for each row the next one with another prompt, in a random order that the seed fixes.
+
+    prompts [N]: a number for each row's prompt. Where all have the same, it is the next row.
+    """
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    following = np.roll(order, -1)
+    changes = np.flatnonzero(prompts[order] != prompts[following])  # places before another prompt
+    if not len(changes):
+        changes = np.arange(len(order))
+    next_change = np.searchsorted(changes, np.arange(len(order))) % len(changes)
+    partners = np.empty_like(order)
+    partners[order] = following[changes[next_change]]
+    return partners
+
+
+def fetch_rows(table, indices, partners, args):
+    """(examples of the rows, examples of their prompts with the partners' responses; [] for APO-zero)."""
+    examples, mismatched = fetch(table, indices), []
+    partner_rows = [] if args.apo_zero_unpaired else fetch(table, partners[indices])
+    for example, partner in zip(examples, partner_rows):
+        prompt = example["input_ids"][~example["trained"]]
+        response = partner["input_ids"][partner["trained"]]
+        ids = np.append(prompt, response)[: args.max_len]
+        trained = np.arange(len(ids)) >= len(prompt)
+        mismatched.append({"input_ids": ids, "trained": trained})
+    return examples, mismatched
+
+
 # --- the loss and the step
 
 
 def kto_loss(log_ratios, desirable, kl, args):
-    """Eq. 7-8 of arXiv:2402.01306. log_ratios [B], summed nats; desirable [B] bool; kl: z0. Returns loss [B].
+    """Eq. 7 of arXiv:2402.01306. log_ratios [B], summed nats; desirable [B] bool; kl: z0. Returns loss [B].
 
     With kl = 0 it is APO-zero for unpaired rows, Eq. 5 of arXiv:2408.06266.
     """
@@ -588,18 +630,11 @@ def kto_loss(log_ratios, desirable, kl, args):
     return weight * torch.sigmoid(-sign * args.beta * (log_ratios - kl))  # 1 - sigmoid(x) = sigmoid(-x)
 
 
-def response_logps(engine, examples):
-    """Log-probs [B] of the responses: sums, in nats."""
-    per_token_logps = engine(pack_rows(examples, engine.device)).double()  # small differences of large sums
-    sizes = [example["n_trained"] for example in examples]
-    return torch.stack([part.sum() for part in per_token_logps.split(sizes)])
-
-
 @torch.no_grad()
 def kto_z0(engine, mismatched, ref_logps, args):
     """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for members, weight in split_step([example["length"] for example in mismatched], args):
+    for members, weight in split_step([len(example["input_ids"]) for example in mismatched], args):
         logps = response_logps(engine, [mismatched[j] for j in members])
         total += weight * (logps - to_device(ref_logps[members], engine.device)).sum()
     dist.all_reduce(total)
@@ -612,8 +647,8 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     Each pass adds its share of the loss, a mean over the rows of the whole step on all ranks. mismatched: the
     examples for z0. ref_logps [B, 2]: the reference's, of both. Returns metrics, the same on all ranks.
     """
-    n_good = sum(example["desirable"] for example in examples)
-    counts = {"chosen": max(1, n_good), "rejected": max(1, len(examples) - n_good)}
+    n_good = int(sum(example["desirable"] for example in examples))
+    counts = {"chosen": n_good, "rejected": len(examples) - n_good}
     passes = split_step([example["length"] for example in examples], args)
     engine.train(train)
     z0 = torch.zeros((), device=engine.device)
@@ -632,12 +667,14 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
             engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
         shares = {"loss": loss}
         for kind, mask in (("chosen", good), ("rejected", ~good)):
-            shares[f"rewards/{kind}"] = args.beta * (log_ratios * mask).sum() / counts[kind]
-            shares[f"logps/{kind}"] = (logps * mask).sum() / counts[kind]
+            if counts[kind]:  # else there is no mean
+                shares[f"rewards/{kind}"] = args.beta * (log_ratios * mask).sum() / counts[kind]
+                shares[f"logps/{kind}"] = (logps * mask).sum() / counts[kind]
         totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
     dist.all_reduce(totals)
     metrics = dict(zip([*shares, "kl"], torch.cat([totals, z0[None]]).tolist()))
-    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if all(counts.values()):
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics | {"desirable": n_good / len(examples)}
 
 
@@ -795,48 +832,18 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
 
 def check_rows(engine, args):
     """check_attention on two made-up rows."""
-    two = [{"input_ids": np.arange(n) * 7 % 100, "trained": np.arange(n) > 4} for n in (17, 23)]
+    two = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
     alone = [pack_rows([example], engine.device) for example in two]
     check_attention(engine, pack_rows(two, engine.device), alone, args)
-
-
-def choose_partners(prompts, seed):
-    """[N], for each row the next one with another prompt, in a random order that the seed fixes.
-
-    prompts [N]: a number for each row's prompt. Where all have the same, it is the next row.
-    """
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    following = np.roll(order, -1)
-    changes = np.flatnonzero(prompts[order] != prompts[following])  # places before another prompt
-    if not len(changes):
-        changes = np.arange(len(order))
-    next_change = np.searchsorted(changes, np.arange(len(order))) % len(changes)
-    partners = np.empty_like(order)
-    partners[order] = following[changes[next_change]]
-    return partners
-
-
-def fetch_rows(table, indices, partners, args):
-    """(examples of the rows, examples of their prompts with the partners' responses; [] for APO-zero)."""
-    examples, mismatched = fetch(table, indices), []
-    partner_rows = [] if args.apo_zero_unpaired else fetch(table, partners[indices])
-    for example, partner in zip(examples, partner_rows):
-        prompt = example["input_ids"][~example["trained"]]
-        response = partner["input_ids"][partner["trained"]]
-        ids = np.append(prompt, response)[: args.max_len]
-        trained = np.arange(len(ids)) >= len(prompt)
-        sizes = {"length": len(ids), "n_trained": len(ids) - len(prompt)}
-        mismatched.append({"input_ids": ids, "trained": trained, **sizes})
-    return examples, mismatched
 
 
 def reference_rows(table, partners, args, device):
     """Log-probs [N, 2], sums in nats, under the reference: of each row's response, and of its partner's.
 
-    They are computed once and kept in --cache_dir.
+    Both follow the row's prompt. They are computed once and kept in --cache_dir.
     """
     path = args.ref_pretrain or args.pretrain
-    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # all that computes log-probs
+    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # what computes log-probs
     decides = [table._fingerprint, code, args.apo_zero_unpaired, args.seed, path, stamp(path), args.bf16]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     file = Path(args.cache_dir, f"logps-{key}.npy")
@@ -909,7 +916,7 @@ def publish(args):
 
     Of a model that was there before, what is no model file (rows, a log) survives.
     """
-    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path).resolve()  # it may be a link
+    partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
     if not (partial / "args.json").exists():
         return
     if target.exists():
@@ -932,21 +939,22 @@ def open_run(args, identity):
     if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
         die(f"--save_path {target} is a mount point or a file: name a folder")
     in_place = target.resolve() == Path(args.pretrain).resolve()
-    if (target / "config.json").exists() and not in_place:
+    models = [*target.glob("*config.json"), *target.glob("*.safetensors")]  # of adapters, too
+    if models and not in_place:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
-    newest = checkpoints(args)[:1]
-    for folder in newest:
-        changed = difference(folder, identity)
+    folders = checkpoints(args)
+    if folders:
+        changed = difference(folders[0], identity)
         if changed:
-            die(f"{folder} is a checkpoint of another run, remove it: {changed}")
-        note(f"resume {folder}")
-    if not newest:
+            die(f"{folders[0]} is a checkpoint of another run, remove it: {changed}")
+        note(f"resume {folders[0]}")
+    else:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return int(newest[0].name[5:]) if newest else 0
+    return int(folders[0].name[5:]) if folders else 0
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -1044,8 +1052,8 @@ def main(args):
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kto (inputs)
     encoding = (encode_labelled, tokenizer, args)
-    if args.ref_pretrain:
-        load_tokenizer(args.ref_pretrain, args)  # stops where there is no such model
+    if args.ref_pretrain and load_tokenizer(args.ref_pretrain, args).get_vocab() != tokenizer.get_vocab():
+        note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
