@@ -8,7 +8,7 @@ id: the row's index in --dataset. input: what the model saw, with template and B
 prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or not ("length").
 
  1. Results reach the disk as they come: killed at any moment, the same command does the rest.
- 2. A prompt is read once for all its samples, in generating and in scoring. Nothing is cut to fit.
+ 2. A prompt is read once for all its samples, by vLLM and in scoring. Nothing is cut to fit.
  3. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
     --apply_chat_template messages in its own template. Hugging Face heads look at the last token that is no
     padding, OpenRLHF heads at EOS; rewards are (score - mean) / std where config.json has these.
@@ -21,6 +21,7 @@ prompt was messages. output has no EOS: finish_reason says whether it came ("sto
 
 import collections
 import contextlib
+import csv
 import ctypes
 import datetime
 import faulthandler
@@ -61,7 +62,7 @@ class Args:
     dataset: str  # comma list of .jsonl, .json, .csv, .parquet, .arrow files, folders, hub names NAME@SUBSET
     pretrain: str = ""  # the model: a Hugging Face folder or hub name
     bf16: bool = True  # bf16 weights; --no-bf16: fp32
-    tokenizer_chat_template: str | None = None  # Jinja text in place of the model's own template
+    tokenizer_chat_template: str | None = None  # Jinja text or its file, in place of the model's own template
     value_head_prefix: str = "value_head"  # rm: name of an OpenRLHF head that config.json does not name
     dataset_probs: str | None = None  # comma list of the datasets' shares of all rows; default: each row once
     dataset_split: str = "train"  # split of --dataset, where it has splits
@@ -124,6 +125,14 @@ class Args:
             die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
         if self.eval_task == "generate_vllm" and importlib.util.find_spec("vllm") is None:
             die("vLLM is missing: pip install -r requirements-vllm.txt, or use --eval_task generate")
+        if self.output_key and not self.input_key:
+            die("--output_key needs --input_key")
+        if min(self.best_of_n, self.micro_batch_size, self.max_new_tokens, self.reward_timeout) <= 0:
+            die("--best_of_n, --micro_batch_size, --max_new_tokens, --reward_timeout must be above 0")
+        if self.scored_path == self.output_path:
+            die("--scored_path and --output_path are one file")
+        if os.path.isfile(self.tokenizer_chat_template or ""):
+            self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         # A shell leaves two characters of "\\n".
         self.reward_template = self.reward_template.replace("\\n", "\n")
         self.input_template = (self.input_template or "").replace("\\n", "\n")
@@ -179,7 +188,10 @@ def open_rows(name, split, cache_dir=None):
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
             return list(json.loads(Path(path).read_bytes()))
-        if kind in ("csv", "parquet", "arrow"):
+        if kind == "csv":  # as text: the library would make 7.0 of "007"
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file))
+        if kind in ("parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
@@ -195,7 +207,9 @@ def choose_columns(row, args):
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
     layouts += [(name, None) for name in ("prompt", "instruction", "input", "question", "problem")]
-    if "finish_reason" in row:  # a row of batch_infer.py, which may hold messages too
+    if {"input", "output", "finish_reason"} <= set(
+        row
+    ):  # a row of batch_infer.py, which may hold messages too
         layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
@@ -220,7 +234,7 @@ def load_rows(args):
         if not any(table):
             die(f"dataset {name!r}: no rows")
         tables.append(table)
-    if args.dataset_probs:
+    if args.dataset_probs and len(tables) > 1:
         total = sum(len(table) for table in tables)
         try:
             shares = [float(share) for share, _ in zip(args.dataset_probs.split(","), tables, strict=True)]
@@ -278,6 +292,7 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
+        turn = {key: value for key, value in turn.items() if value is not None}  # Arrow fills in None
         speaker = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or not isinstance(content, str):
@@ -382,15 +397,11 @@ def row_texts(row, keys, chat):
 
 def render_chat(prompt, answer, cut, to_eos, tokenizer):
     """(text, where in it the answer begins) of messages and the answer to them, in the chat template."""
-    text = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+    # continue_final_message: without what the template writes behind an answer
+    text = tokenizer.apply_chat_template([*prompt, answer], tokenize=False, continue_final_message=cut)
     asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     start = len(os.path.commonprefix([text, asked]))
-    if cut:  # without what the template writes behind an answer
-        content = answer["content"].strip()
-        text = text[: text.index(content, start) + len(content)]
-    elif to_eos:
-        text = text.rstrip("\n")
-    return text, start
+    return text.rstrip("\n") if to_eos and not cut else text, start
 
 
 def scored_ids(row, keys, to_eos, config, tokenizer, args):
@@ -511,7 +522,7 @@ def find_stops(tokenizer, args):
         stops = transformers.GenerationConfig.from_pretrained(args.pretrain).eos_token_id
     except OSError:  # there is none: Hugging Face and vLLM take config.json's
         stops = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config().eos_token_id
-    return {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+    return sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None})
 
 
 def make_seed(args, key):
@@ -538,8 +549,7 @@ def generate(batches, tokenizer, args, device):
     stop_ids = find_stops(tokenizer, args)
     settings = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     settings |= {"repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens}
-    settings |= {"do_sample": args.temperature > 0, "pad_token_id": min(stop_ids)}
-    settings["eos_token_id"] = sorted(stop_ids)
+    settings |= {"do_sample": args.temperature > 0, "pad_token_id": stop_ids[0], "eos_token_id": stop_ids}
     # In place of the checkpoint's own settings, which would come on top of the flags.
     model.generation_config = transformers.GenerationConfig(**settings)
     ends = transformers.StopStringCriteria(tokenizer, args.stop) if args.stop else None
@@ -584,7 +594,7 @@ def generate_vllm(batches, tokenizer, args, device):
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-    flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": sorted(stop_ids)}
+    flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop_ids}
     # The text is made by read_sample; here it only finds --stop, which may be a special token.
     flags |= {"stop": args.stop, "detokenize": bool(args.stop), "skip_special_tokens": False}
     flags["output_kind"] = RequestOutputKind.FINAL_ONLY
@@ -594,9 +604,8 @@ def generate_vllm(batches, tokenizer, args, device):
         engine.add_request(str(i), {"prompt_token_ids": item.prompt}, params)
     while engine.has_unfinished_requests():
         for output in engine.step():
-            if output.finished:
-                item, sampled = items[int(output.request_id)], list(output.outputs[0].token_ids)
-                yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
+            item, sampled = items[int(output.request_id)], list(output.outputs[0].token_ids)
+            yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
     engine.engine_core.shutdown()
 
 
@@ -630,7 +639,8 @@ def run_engines(folder, args):
 def hidden_states(body, batch, device):
     """The last hidden states of each item's response, tensors [R, H]. A prompt is read once."""
     prompts = [list(ids) for ids in {tuple(item.prompt): None for item in batch}]
-    if len(prompts) == len(batch) or [] in prompts:  # nothing is shared: a cache would only cost time
+    # Nothing is shared, or the cache cannot be (of hybrid models).
+    if len(prompts) == len(batch) or [] in prompts or body._is_stateful:
         rows = [item.prompt + item.response for item in batch]
         ids, mask = pad(rows, device)
         options = {"use_cache": False}
@@ -715,6 +725,7 @@ def call_reward(items, function, parent, seconds):
             result = {"reward": None, "reward_error": f"{type(e).__name__}: {e} (line {line})"}
         faulthandler.cancel_dump_traceback_later()
         yield item.key, result
+    os._exit(0)  # not waiting for threads and processes that the function left
 
 
 def call_rewards(items, folder, function, args):
@@ -774,6 +785,7 @@ def open_stage(args, identity):
     record = json.loads(meta.read_text()) if meta.exists() else {"identity": {}}
     if record["identity"] == identity and record["files"] == [stamp(path) for path in outputs(args)]:
         note(f"done   {args.output_path} is complete and made by this command: nothing to do")
+        shutil.rmtree(f"{args.output_path}.partial", ignore_errors=True)  # a kill may have left it
         return None
     inputs = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
     for path in outputs(args):
@@ -837,14 +849,17 @@ def run_stage(items, folder, tokenizer, function, args, device):
 
 def write_atomic(path, lines):
     """Writes beside and renames: the file is there as a whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    with open(f"{path}.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(lines)
     os.replace(f"{path}.tmp", path)
 
 
-def write_outputs(rows, keys, folder, identity, args):
+def write_outputs(rows, items, keys, folder, identity, args):
     """Writes the outputs and, behind them, what made them; then the parts go. rows: {key of an Item: row}."""
     found = read_results(folder)
+    n_lost = sum(item.key not in found for item in items)
+    if n_lost:
+        die(f"{n_lost:,} results are missing in {folder}: do all nodes share this disk?")
     nothing = {"logps": None, "tokens": None} if args.eval_task == "logps" else {"reward": None}
     rows = [row | found.get(key, nothing) for key, row in rows.items()]
     errors = collections.Counter(row.pop("reward_error") for row in rows if "reward_error" in row)
@@ -879,20 +894,20 @@ def reward_statistics(rows):
 
 
 def by_prompt(rows, keys):
-    """The rows that have a reward, grouped by id and prompt."""
+    """The rows that have a reward, a list for each prompt, the best first."""
     groups = collections.defaultdict(list)
     for row in rows:
         if row["reward"] is not None:
             prompt, _ = row_texts(row, keys, chat=False)
-            groups[json.dumps([row.get("id"), prompt], default=str)].append(row)
-    return list(groups.values())
+            number = row["id"] if "finish_reason" in row else None  # another's id may be the response's own
+            groups[json.dumps([number, prompt], default=str)].append(row)
+    return [sorted(group, key=lambda row: -row["reward"]) for group in groups.values()]
 
 
 def best_samples(rows, keys, args):
     """Rejection sampling: of each prompt the rs_top_k rows of highest reward; the first wins ties."""
     kept = []
     for group in by_prompt(rows, keys):
-        group = sorted(group, key=lambda row: -row["reward"])
         all_equal = len(group) > 1 and group[0]["reward"] == group[-1]["reward"]
         if not (args.drop_all_equal and all_equal):
             kept += [row for row in group[: args.rs_top_k] if row["reward"] >= args.min_reward]
@@ -903,8 +918,7 @@ def best_and_worst(rows, keys, args):
     """Iterative DPO: of each prompt the rows of highest and lowest reward, as a pair for dpo.py."""
     pairs = []
     for group in by_prompt(rows, keys):
-        best = max(group, key=lambda row: row["reward"])
-        worst = min(group, key=lambda row: row["reward"])
+        best, worst = group[0], min(group, key=lambda row: row["reward"])
         margin = best["reward"] - worst["reward"]
         if best[keys[1]] == worst[keys[1]] or margin <= args.min_margin:
             continue
@@ -945,7 +959,7 @@ def find_device(args):
     """The device of this process. No GPU is touched before a model goes there: reward workers are forked."""
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(size)))
-    if not torch.cuda.is_available():
+    if args.reward_fn or not torch.cuda.is_available():  # forked workers can use GPUs that nobody asked for
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     n_gpus = local_rank + 1
@@ -994,7 +1008,7 @@ def main(args):
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
     if os.environ["RANK"] == "0":
-        write_outputs(rows, keys, folder, identity, args)
+        write_outputs(rows, items, keys, folder, identity, args)
 
 
 if __name__ == "__mp_main__":  # a process of vLLM's

@@ -91,7 +91,7 @@ if ((NUM_GPUS > 1)); then
 fi
 infer=("$here/batch_infer.py" "${bf16[BF16]}" --eval_task)
 generate=(python "${infer[@]}" generate_vllm)
-if [[ "$GENERATE_FLAGS " == *"--eval_task generate "* ]] || # by Hugging Face
+if [[ $GENERATE_FLAGS =~ --eval_task[=[:space:]]+generate([[:space:]]|$) ]] || # by Hugging Face
   ! python -c "import importlib.util as u; exit(not u.find_spec('vllm'))"; then
   generate=("${ranks[@]}" "${infer[@]}" generate)
 fi
@@ -113,9 +113,11 @@ run() { # run COMMAND...: DRY_RUN prints it
 declare -A links=([generate.jsonl]=$GENERATE_OUTPUT [rm.jsonl]=$RM_OUTPUT [model]=$MODEL_OUTPUT_PATH)
 stage() { # stage COMMAND... RESULT: runs the command unless its result, its last word, is there and whole
   local result=${!#} link=${links[$(basename "${!#}")]:-}
-  if [[ -e $result && ! -e $result.partial && ! -e $result.ckpt ]]; then echo "# $result: done before"; return; fi
-  echo "# $result"
-  run "$@"
+  if [[ -e $result && ! -e $result.partial && ! -e $result.ckpt ]]; then echo "# $result: done before"
+  else
+    echo "# $result"
+    run "$@"
+  fi
   ((DRY_RUN)) || [[ -z $link ]] || { mkdir -p "$(dirname "$link")" && cp -rsfT "$(realpath "$result")" "$link"; }
 }
 measure() { # measure NAME MODEL: log-probs of the samples under a model, for the KL in the report

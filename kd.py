@@ -24,6 +24,7 @@ Commands:
 """
 
 import collections
+import csv
 import datetime
 import hashlib
 import itertools
@@ -70,8 +71,8 @@ class Args:
     gradient_checkpointing: bool = False  # recompute activations: less memory, up to a third more time
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 = full fine-tuning
     lora_alpha: int = 16  # LoRA scale: adapters are multiplied by lora_alpha / lora_rank
-    lora_dropout: float = 0.0  # dropout in front of the LoRA adapters, 0 to 1; all other dropout is off
-    tokenizer_chat_template: str | None = None  # Jinja text in place of the model's own template
+    lora_dropout: float = 0.0  # dropout before the adapters, drawn in each pass; all other dropout is off
+    tokenizer_chat_template: str | None = None  # Jinja text or its file, in place of the model's own template
 
     # comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)
     dataset: str = tyro.MISSING
@@ -87,7 +88,7 @@ class Args:
     input_template: str | None = None  # format of a plain text prompt, such as "User: {}\nAssistant: "
     apply_chat_template: bool = False  # wrap plain text as a user and an assistant turn of the chat template
     multiturn: bool = False  # train every assistant turn of a conversation, not just the last
-    pretrain_mode: bool = False  # language modelling: train every token of input_key's text
+    pretrain_mode: bool = False  # language modelling: train every token of input_key's plain text
 
     teacher_model: str = tyro.MISSING  # the teacher, with the student's tokenizer: a folder or hub name
     teacher_offload: bool = False  # with --zero_stage 3: keep the teacher's weights in CPU memory
@@ -128,7 +129,7 @@ class Args:
 
     def __post_init__(self):
         counts = ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "max_steps")
-        for name in (*counts, "logging_steps", "max_ckpt_num"):
+        for name in (*counts, "max_samples", "logging_steps", "max_ckpt_num"):
             if getattr(self, name) < 1:
                 die(f"--{name} must be 1 or more, not {getattr(self, name)}")
         if not 0 <= self.kd_coef <= 1 or self.kd_temperature <= 0 or self.teacher_topk < 0:
@@ -136,10 +137,14 @@ class Args:
         self.save_path = self.save_path.rstrip("/")
         if os.path.islink(self.save_path):  # the folder that it names will be replaced
             self.save_path = os.path.realpath(self.save_path)
-        checkpoints = f"{self.save_path}.ckpt"  # this run's own folder, which is removed at the end
-        if self.ckpt_path:
-            checkpoints = os.path.join(self.ckpt_path, checkpoints.replace("/", "_"))
-        self.ckpt_path = checkpoints
+        if Path.cwd().is_relative_to(Path(self.save_path).resolve()):
+            die(f"--save_path {self.save_path} will be replaced as a whole: name a folder below")
+        own = os.path.abspath(f"{self.save_path}.ckpt")  # of this run alone: it is removed at the end
+        self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
+        if os.path.isfile(self.tokenizer_chat_template or ""):
+            self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
+        if self.output_key and not self.input_key:
+            die("--output_key needs --input_key")
         if self.input_template and "{}" not in self.input_template:
             die(f"--input_template {self.input_template!r} has no {{}} for the prompt")
 
@@ -192,7 +197,10 @@ def open_rows(name, split, cache_dir=None):
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
             return list(json.loads(Path(path).read_bytes()))
-        if kind in ("csv", "parquet", "arrow"):
+        if kind == "csv":  # as text: the library would make 7.0 of "007"
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file))
+        if kind in ("parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
@@ -225,6 +233,7 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
+        turn = {key: value for key, value in turn.items() if value is not None}  # Arrow fills in None
         speaker = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or not isinstance(content, str):
@@ -303,7 +312,7 @@ def example_columns(row, args):
     # The first that fits.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
-    if "finish_reason" in row:  # of batch_infer.py: other columns are the prompt before its template
+    if {"input", "output", "finish_reason"} <= set(row):  # other columns are the prompt before its template
         layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
@@ -321,6 +330,8 @@ def encode_example(row, tokenizer, args):
     response = row[response_key] if response_key else []
     if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
         prompt, response = "", prompt
+        if not isinstance(response, str):
+            raise ValueError("--pretrain_mode takes plain text")
     if prompt_key == "instruction" and prompt is not None and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
@@ -366,10 +377,9 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
         die(f"dataset {name!r} has no rows")
     # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
-    source = [name, split, stamp(name), getattr(rows, "_fingerprint", None)]
-    tokens = [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    flags = [getattr(args, flag) for flag in DATA_FLAGS]
-    decides = json.dumps([source, tokens, vocab_size, flags, code])
+    decides = [name, split, stamp(name), getattr(rows, "_fingerprint", None), vocab_size, code]
+    decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    decides += [getattr(args, flag) for flag in DATA_FLAGS]
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     table = datasets.Dataset.from_generator(
         lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
@@ -377,17 +387,18 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
         num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
-        fingerprint=hashlib.sha256(decides.encode()).hexdigest()[:32],
+        fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
     )
     usable = table.data["length"].to_numpy() > 0
     dropped = table[np.flatnonzero(~usable)]
     first = dict(zip(reversed(dropped["reason"]), reversed(dropped["where"])))  # of each reason
     for reason, count in collections.Counter(dropped["reason"]).most_common():
         note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
-    n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
-    if n_faulty > args.max_drop_ratio * n or not usable.any():
-        cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
-        die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
+    faulty = [i for i, reason in enumerate(dropped["reason"]) if reason not in HARMLESS]
+    if len(faulty) > args.max_drop_ratio * n or not usable.any():
+        i = faulty[0] if faulty else 0
+        cause = f"{dropped['where'][i]}: {dropped['reason'][i]}"
+        die(f"{len(faulty):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
     return table.select(np.flatnonzero(usable))
 
 
@@ -396,15 +407,17 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
-        advice = f"--max_len {limit}, or raise max_position_embeddings in config.json"
+        advice = f"use --max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
     options = (split, encode_row, tokenizer, config.vocab_size, args)
     tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
         try:
             shares = [float(share) for share, _ in zip(probs.split(","), tables, strict=True)]
+            if min(shares) <= 0:
+                raise ValueError
         except ValueError:
-            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
+            die(f"--dataset_probs {probs}: not a number above 0 for each of {len(tables)} datasets")
         sizes = [len(table) for table in tables]
         for i, share in enumerate(shares):
             tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
@@ -696,7 +709,7 @@ def setup(args):
         if local_size > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
         return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
-    if Path("/proc/driver/nvidia/version").exists():
+    if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
     return rank, world_size, "cpu"
 
@@ -740,12 +753,13 @@ def load_model(path, args):
     options["output_loading_info"] = True
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except OSError as e:
-        die(f"model {path!r} cannot be loaded: {str(e).splitlines()[0]}")
+    except Exception as e:  # of many types: a file that was cut off, another kind of model
+        die(f"model {path!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
+        # Of nn.Dropout, and of modules that call F.dropout.
+        for name in ("p", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     try:
@@ -793,17 +807,21 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 
 @torch.no_grad()
 def check_attention(engine, pack, alone, args):
-    """Stops unless a pack has the log-probs that eager attention gives to each of its sequences alone."""
+    """Stops unless a pack has the log-probs that the model itself gives to each of its sequences alone."""
     wrapper = getattr(engine, "module", engine)
     found = wrapper(pack)
+    other = pack["input_ids"].clone()
+    other[0, :5] += 1  # of the first sequence: the last one must not notice, to the bit
+    leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
     wrapper.model.set_attn_implementation("eager")
-    expected = torch.cat([wrapper(pack) for pack in alone])
+    logits = torch.cat([wrapper.model(one["input_ids"]).logits[0, one["positions"]] for one in alone])
     wrapper.model.set_attn_implementation("packed")
-    # In bf16 rounding alone makes up to 0.2 in a deep model; a wrong mask makes 0.6 or more.
+    expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
+    # In bf16 rounding alone makes up to 0.2 in a deep model.
     worst = (found - expected).abs().mean().item()
-    if not worst < (0.3 if args.bf16 else 1e-4):
-        name = type(wrapper.model).__name__
-        die(f"{name} is not supported: our attention is off by {worst:.2g} nats per token")
+    if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
+        cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
+        die(f"{type(wrapper.model).__name__} is not supported: {cause}")
 
 
 def start_frozen(path, args, device, offload, wrapper=LogProbs):

@@ -263,7 +263,10 @@ def test_rejection_sampling():
         return [row["sample"] for row in post("best_samples", rows, **flags)]
 
     rewards = [(0, 1.0), (0, 3.0), (0, 3.0), (1, None), (1, -2.0), (2, None), (1, -3.0)]
-    rows = [{"id": i, "sample": n, "input": "x", "output": "y", "reward": r} for n, (i, r) in enumerate(rewards)]
+    ours = {"input": "x", "output": "y", "finish_reason": "stop"}
+    rows = [{"id": i, "sample": n, **ours, "reward": r} for n, (i, r) in enumerate(rewards)]
+    foreign = [{"id": n, "sample": n, "input": "x", "output": "y", "reward": r} for n, r in enumerate((1.0, 2.0))]
+    assert best(foreign) == [1]  # their ids are the responses' own
     assert best(rows) == [1, 4]
     assert best(rows, rs_top_k=2) == [1, 2, 4, 6] == best(rows, rs_top_k=2, drop_all_equal=True)
     assert best(rows, rs_top_k=9, min_reward=-2.0) == [1, 2, 0, 4]

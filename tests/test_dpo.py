@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import re
 from pathlib import Path
 from unittest import mock
 
@@ -100,8 +99,10 @@ def make_trees(*sizes):
     for lengths in sizes:
         n_prompt, begin, end = ends = np.cumsum(lengths)
         ids = rng.integers(3, 90, end)
-        trees.append({"input_ids": ids, "trained": np.arange(end) >= n_prompt, "ends": ends})
-        sequences += [(ids[:begin], n_prompt), (np.r_[ids[:n_prompt], ids[begin:]], n_prompt)]
+        first = max(1, n_prompt)  # nothing predicts the first token of an empty prompt's responses
+        trained = (np.arange(end) >= first) & ((np.arange(end) != begin) | (n_prompt > 0))
+        trees.append({"input_ids": ids, "trained": trained, "ends": ends})
+        sequences += [(ids[:begin], first), (np.r_[ids[:n_prompt], ids[begin:]], first)]
     return trees, sequences
 
 
@@ -136,16 +137,16 @@ def padded_logps(model, sequences):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tree_equals_separate_forwards(family, tmp_path):
-    """Three trees in one pack against each of the six sequences alone: log-probs and gradients."""
+    """Four trees in one pack against each of the eight sequences alone: log-probs and gradients."""
     folder = save_family(family, tmp_path / "model")
     ours, plain = load_packed(dpo, folder), load_plain(folder)
-    trees, sequences = make_trees((20, 9, 14), (3, 12, 1), (11, 2, 17))
+    trees, sequences = make_trees((20, 9, 14), (3, 12, 1), (0, 6, 8), (11, 2, 17))
     parts = ours(dpo.pack_trees(trees, "cpu")).split([len(ids) - n for ids, n in sequences])
     found = torch.stack([part.sum() for part in parts])
     expected = torch.stack([padded_logps(plain, [sequence])[0].sum() for sequence in sequences])
     assert expected.std() > 1  # not near-uniform: an error would show
     assert (found - expected).abs().max() <= 2e-5
-    weights = torch.linspace(-1, 1, 6)  # as a loss would weigh them
+    weights = torch.linspace(-1, 1, 8)  # as a loss would weigh them
     (found @ weights).backward()
     (expected @ weights).backward()
     for name, parameter in plain.named_parameters():
@@ -354,6 +355,7 @@ LAYOUTS = {  # name: (row, flags, prompt, responses where they are not those of 
     "conversations": (LONG_TALKS, {}, LONG),
     "hh-rlhf": ({"chosen": f"{HH} river", "rejected": f"{HH} walls"}, {}, HH, " river<eos>", " walls<eos>"),
     "sampled": ({"prompt": ASKED, **TEXTS, **SAMPLED}, CHAT, ASKED, "river<eos>", "walls"),
+    "alpaca": ({"instruction": "Say red.", "input": "red?", **TEXTS}, {}, "Say red.\n\nred?"),
     "key flags": (RENAMED, KEYS, "red?"),
 }
 

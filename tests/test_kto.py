@@ -114,7 +114,9 @@ def test_a_pair_becomes_two_rows(kind, tokenizer):
     pair = {"chosen": f"{prompt}red river", "rejected": f"{prompt}old stone"}
     if kind == "sampled":  # what the sampler cut is trained without EOS
         pair |= {"prompt": "Say it.\n", "rejected_finish_reason": "length"}
-    good, bad = kto.encode_labelled(pair, tokenizer, kto.Args(pretrain="", dataset=""))
+        pair |= {"prompt": "not this", "asked": pair["prompt"]}
+    flags = {"input_key": "asked"} if kind == "sampled" else {}
+    good, bad = kto.encode_labelled(pair, tokenizer, kto.Args(pretrain="", dataset="", **flags))
     assert (good["desirable"], bad["desirable"]) == (True, False) and good["prompt_hash"] == bad["prompt_hash"]
     found = [example["input_ids"][example["trained"]] for example in (good, bad)]
     assert [tokenizer.decode(ids) for ids in found] == ["red river<eos>", f"old stone{end}"]

@@ -241,7 +241,7 @@ def test_checkpointed_layers_are_computed_again(run, tmp_path):
     for checkpointing in (False, True):
         with mock.patch.object(sft, "attend", wraps=sft.attend) as spy:
             assert run(dataset=data, gradient_checkpointing=checkpointing, save_path=f"{tmp_path}/{checkpointing}") == 0
-        calls.append(spy.call_count - 4)  # of the check at the start: two rows, two layers
+        calls.append(spy.call_count - 8)  # of the check at the start: twice two rows, two layers
     assert calls == [10, 20]
 
 
@@ -678,6 +678,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
     "too few positions": ({"max_len": 200}, GOOD, ["--max_len 200", "--max_len 128", "config.json"]),
     "folder of another run": ({"save_path": "other"}, GOOD, ["--save_path other", "another model", "folder"]),
+    "adapters": ({"save_path": "adapters"}, GOOD, ["--save_path adapters", "another model"]),
     "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path rows.jsonl/out", "Not a directory"]),
     # --- flags
     "train_batch_size": ({"train_batch_size": 0}, GOOD, ["--train_batch_size must be 1 or more, not 0"]),
@@ -692,6 +693,8 @@ def home(tmp_path_factory, tokenizer):
     for name in ("plain", "other", "small"):
         shutil.copytree(home / "model", home / name)
     (home / "plain/chat_template.jinja").unlink()
+    (home / "adapters").mkdir()
+    (home / "adapters/adapter_config.json").touch()
     config = (home / "small/config.json").read_text()
     (home / "small/config.json").write_text(config.replace('"vocab_size": 512', '"vocab_size": 100'))
     return home
