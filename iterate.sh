@@ -114,10 +114,7 @@ declare -A links=([generate.jsonl]=$GENERATE_OUTPUT [rm.jsonl]=$RM_OUTPUT [model
 stage() { # stage COMMAND... RESULT: runs the command unless its result, its last word, is there and whole
   local result=${!#} link=${links[$(basename "${!#}")]:-}
   if [[ -e $result && ! -e $result.partial && ! -e $result.ckpt ]]; then echo "# $result: done before"
-  else
-    echo "# $result"
-    run "$@"
-  fi
+  else echo "# $result"; run "$@"; fi
   ((DRY_RUN)) || [[ -z $link ]] || { mkdir -p "$(dirname "$link")" && cp -rsfT "$(realpath "$result")" "$link"; }
 }
 measure() { # measure NAME MODEL: log-probs of the samples under a model, for the KL in the report

@@ -24,7 +24,6 @@ Commands:
 """
 
 import collections
-import csv
 import datetime
 import hashlib
 import itertools
@@ -140,7 +139,9 @@ class Args:
         if Path.cwd().is_relative_to(Path(self.save_path).resolve()):
             die(f"--save_path {self.save_path} will be replaced as a whole: name a folder below")
         own = os.path.abspath(f"{self.save_path}.ckpt")  # of this run alone: it is removed at the end
-        self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
+        if self.ckpt_path:
+            own = os.path.join(self.ckpt_path, own.replace("/", "_"))
+        self.ckpt_path = own
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         if self.output_key and not self.input_key:
@@ -197,10 +198,7 @@ def open_rows(name, split, cache_dir=None):
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
             return list(json.loads(Path(path).read_bytes()))
-        if kind == "csv":  # as text: the library would make 7.0 of "007"
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                return list(csv.DictReader(file))
-        if kind in ("parquet", "arrow"):
+        if kind in ("csv", "parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
@@ -394,11 +392,10 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     first = dict(zip(reversed(dropped["reason"]), reversed(dropped["where"])))  # of each reason
     for reason, count in collections.Counter(dropped["reason"]).most_common():
         note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
-    faulty = [i for i, reason in enumerate(dropped["reason"]) if reason not in HARMLESS]
-    if len(faulty) > args.max_drop_ratio * n or not usable.any():
-        i = faulty[0] if faulty else 0
-        cause = f"{dropped['where'][i]}: {dropped['reason'][i]}"
-        die(f"{len(faulty):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
+    n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
+    if n_faulty > args.max_drop_ratio * n or not usable.any():
+        cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
+        die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
     return table.select(np.flatnonzero(usable))
 
 
@@ -412,12 +409,9 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     options = (split, encode_row, tokenizer, config.vocab_size, args)
     tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
-        try:
-            shares = [float(share) for share, _ in zip(probs.split(","), tables, strict=True)]
-            if min(shares) <= 0:
-                raise ValueError
-        except ValueError:
-            die(f"--dataset_probs {probs}: not a number above 0 for each of {len(tables)} datasets")
+        shares = [float(share) for share in probs.split(",")]
+        if len(shares) != len(tables):
+            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
         sizes = [len(table) for table in tables]
         for i, share in enumerate(shares):
             tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
@@ -758,8 +752,7 @@ def load_model(path, args):
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        # Of nn.Dropout, and of modules that call F.dropout.
-        for name in ("p", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
+        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     try:

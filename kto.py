@@ -23,7 +23,6 @@ Commands:
 """
 
 import collections
-import csv
 import datetime
 import hashlib
 import itertools
@@ -139,7 +138,9 @@ class Args:
         if Path.cwd().is_relative_to(Path(self.save_path).resolve()):
             die(f"--save_path {self.save_path} will be replaced as a whole: name a folder below")
         own = os.path.abspath(f"{self.save_path}.ckpt")  # of this run alone: it is removed at the end
-        self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
+        if self.ckpt_path:
+            own = os.path.join(self.ckpt_path, own.replace("/", "_"))
+        self.ckpt_path = own
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         if self.input_template and "{}" not in self.input_template:
@@ -196,10 +197,7 @@ def open_rows(name, split, cache_dir=None):
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
             return list(json.loads(Path(path).read_bytes()))
-        if kind == "csv":  # as text: the library would make 7.0 of "007"
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                return list(csv.DictReader(file))
-        if kind in ("parquet", "arrow"):
+        if kind in ("csv", "parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
@@ -311,9 +309,9 @@ def split_response(row, prompt_key, response_key, args):
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
-    if prompt is not None and prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-        prompt = f"{prompt}\n\n{row['input']}"
     if prompt is not None:
+        if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+            prompt = f"{prompt}\n\n{row['input']}"
         return prompt, response
     head, mark, answer = str(response).rpartition("\n\nAssistant:")
     if not mark or args.apply_chat_template:
@@ -418,11 +416,10 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     first = dict(zip(reversed(dropped["reason"]), reversed(dropped["where"])))  # of each reason
     for reason, count in collections.Counter(dropped["reason"]).most_common():
         note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
-    faulty = [i for i, reason in enumerate(dropped["reason"]) if reason not in HARMLESS]
-    if len(faulty) > args.max_drop_ratio * n or not usable.any():
-        i = faulty[0] if faulty else 0
-        cause = f"{dropped['where'][i]}: {dropped['reason'][i]}"
-        die(f"{len(faulty):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
+    n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
+    if n_faulty > args.max_drop_ratio * n or not usable.any():
+        cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
+        die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
     return table.select(np.flatnonzero(usable))
 
 
@@ -436,12 +433,9 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     options = (split, encode_row, tokenizer, config.vocab_size, args)
     tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
-        try:
-            shares = [float(share) for share, _ in zip(probs.split(","), tables, strict=True)]
-            if min(shares) <= 0:
-                raise ValueError
-        except ValueError:
-            die(f"--dataset_probs {probs}: not a number above 0 for each of {len(tables)} datasets")
+        shares = [float(share) for share in probs.split(",")]
+        if len(shares) != len(tables):
+            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
         sizes = [len(table) for table in tables]
         for i, share in enumerate(shares):
             tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
@@ -683,7 +677,8 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
                 shares[f"logps/{kind}"] = (logps * mask).sum() / counts[kind]
         totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
     dist.all_reduce(totals)
-    metrics = dict(zip([*shares, "kl"], torch.cat([totals, z0[None]]).tolist()))
+    numbers = torch.cat([totals, z0[None]]).tolist()
+    metrics = dict(zip([*shares, "kl"], numbers))
     if all(counts.values()):
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics | {"desirable": n_good / len(examples)}
@@ -767,8 +762,7 @@ def load_model(path, args):
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        # Of nn.Dropout, and of modules that call F.dropout.
-        for name in ("p", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
+        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     try:
@@ -889,7 +883,8 @@ def reference_rows(table, partners, args, device):
 
 def count_classes(desirable, args):
     """Prints how many rows are desirable, and the ratio of Eq. 8 of arXiv:2402.01306; stops without both."""
-    n_good, n_bad = int(desirable.sum()), int((~desirable).sum())
+    n_good = int(desirable.sum())
+    n_bad = len(desirable) - n_good
     if not n_good or not n_bad:
         die(f"{n_good} desirable and {n_bad} undesirable rows: KTO needs both")
     ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
@@ -1068,8 +1063,10 @@ def main(args):
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kto (inputs)
     encoding = (encode_labelled, tokenizer, args)
-    if args.ref_pretrain and load_tokenizer(args.ref_pretrain, args).get_vocab() != tokenizer.get_vocab():
-        note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
+    if args.ref_pretrain:
+        reference = load_tokenizer(args.ref_pretrain, args)
+        if reference.get_vocab() != tokenizer.get_vocab():
+            note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -154,6 +155,19 @@ def test_tree_equals_separate_forwards(family, tmp_path):
         assert error.abs().max() <= 1e-4 * max(1, parameter.grad.abs().max()), name
 
 
+@pytest.mark.parametrize("family", ["Bloom", "Llama"])
+def test_the_check_at_the_start(family, tmp_path, monkeypatch, capsys):
+    """It finds sequences that see each other (Bloom's, by ALiBi), and a head that is not the model's."""
+    monkeypatch.setitem(FAMILIES, family, {})
+    args = dpo.Args(pretrain=save_family(family, tmp_path / "model"), dataset="")
+    model = dpo.LogProbs(dpo.load_model(args.pretrain, args))
+    model.device, model.scale = "cpu", 1.0 if family == "Bloom" else 40.0
+    with pytest.raises(SystemExit):
+        dpo.check_tree(model, args)
+    leak = re.search(rf"{family}ForCausalLM is not supported: .* by (\S+) from other", capsys.readouterr().err)[1]
+    assert (float(leak) > 1e-3) == (family == "Bloom")
+
+
 def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
     """torch.nn.attention.varlen.varlen_attn in plain torch: a segment's last query is level with its last key."""
     assert enable_gqa and window_size[1] == 0 and q.shape[2] == k.shape[2] == v.shape[2]
@@ -210,9 +224,7 @@ def test_first_loss_is_known(flags, loss, run, tmp_path):
 
 
 def test_a_tie_counts_half(run, tmp_path):
-    """One pair, read as the reference read it: equal to the last bit in step 1."""
-    pair = write_rows(tmp_path / "pair.jsonl", make_pairs(1))
-    found = run(dataset=pair, max_steps=1)
+    found = run(dataset=write_rows(tmp_path / "pair.jsonl", make_pairs(1)), max_steps=1)
     assert (found["rewards/margins"][0], found["rewards/accuracies"][0]) == (0, 0.5)
 
 
