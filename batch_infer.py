@@ -197,9 +197,7 @@ def choose_columns(row, args):
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
     layouts += [(name, None) for name in ("prompt", "instruction", "input", "question", "problem")]
-    if {"input", "output", "finish_reason"} <= set(
-        row
-    ):  # a row of batch_infer.py, which may hold messages too
+    if {"input", "output", "finish_reason"} <= set(row):  # of batch_infer.py; it may hold messages too
         layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
@@ -882,7 +880,7 @@ def by_prompt(rows, keys):
     for row in rows:
         if row["reward"] is not None:
             prompt, _ = row_texts(row, keys, chat=False)
-            number = row["id"] if "finish_reason" in row else None  # another's id may be the response's own
+            number = row.get("id") if "finish_reason" in row else None  # else it may be the response's
             groups[json.dumps([number, prompt], default=str)].append(row)
     return [sorted(group, key=lambda row: -row["reward"]) for group in groups.values()]
 
@@ -939,10 +937,11 @@ def conditional_rows(rows, keys, args):
 
 
 def find_device(args):
-    """The device of this process. No GPU is touched before a model goes there: reward workers are forked."""
+    """The device of this process."""
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(size)))
-    if args.reward_fn or not torch.cuda.is_available():  # forked workers can use GPUs that nobody asked for
+    # Asking for GPUs would deny them to the forked workers of a reward function.
+    if args.reward_fn or not torch.cuda.is_available():
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     n_gpus = local_rank + 1

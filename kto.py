@@ -331,9 +331,7 @@ def read_label(value):
 def labelled_columns(row, args):
     """(prompt column or None, response column) of a row; the response column of a pair is "chosen"."""
     prompts = ("prompt", "instruction", "input", "question")
-    if (
-        "finish_reason" in row and "input" in row
-    ):  # of batch_infer.py: other columns are the prompt before its template
+    if {"input", "finish_reason"} <= set(row):  # other columns are the prompt before its template
         prompts = ("input",)
     responses = ("chosen", "completion", "output", "response", "messages", "conversations")
     prompt_key = args.input_key or next((key for key in prompts if key in row), None)
@@ -600,10 +598,11 @@ def choose_partners(prompts, seed):
     """
     order = np.random.default_rng(seed).permutation(len(prompts))
     following = np.roll(order, -1)
-    changes = np.flatnonzero(prompts[order] != prompts[following])  # places before another prompt
+    places = np.arange(len(order))
+    changes = places[prompts[order] != prompts[following]]  # those before another prompt
     if not len(changes):
-        changes = np.arange(len(order))
-    next_change = np.searchsorted(changes, np.arange(len(order))) % len(changes)
+        changes = places
+    next_change = np.searchsorted(changes, places) % len(changes)
     partners = np.empty_like(order)
     partners[order] = following[changes[next_change]]
     return partners
