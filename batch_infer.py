@@ -133,7 +133,8 @@ class Args:
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if self.input_template and "{}" not in self.input_template:
-            die(f"--input_template {self.input_template!r} has no {{}} for the prompt")
+            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
+            self.input_template = ""
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
@@ -543,8 +544,9 @@ def generate(batches, tokenizer, args, device):
         torch.manual_seed(make_seed(args, [item.key for item in batch]))
         ids, mask = pad([item.prompt for item in batch], device, left=True)
         width = ids.shape[1]
-        # As in vLLM the sample alone: `stop_strings` would find texts that began in the prompt.
-        stopping = [lambda ids, scores, width=width, **_: ends(ids[:, width:], scores)] if ends else []
+        stopping = []
+        if ends:  # as in vLLM the sample alone: `stop_strings` would find texts that began in the prompt
+            stopping.append(lambda ids, scores, width=width, **_: ends(ids[:, width:], scores))
         found = model.generate(ids, attention_mask=mask, stopping_criteria=stopping)
         for item, sampled in zip(batch, found[:, width:].tolist()):
             yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
@@ -899,7 +901,8 @@ def best_and_worst(rows, keys, args):
     """Iterative DPO: of each prompt the rows of highest and lowest reward, as a pair for dpo.py."""
     pairs = []
     for group in by_prompt(rows, keys):
-        best, worst = group[0], min(group, key=lambda row: row["reward"])
+        best = group[0]
+        worst = min(group, key=lambda row: row["reward"])
         margin = best["reward"] - worst["reward"]
         if best[keys[1]] == worst[keys[1]] or margin <= args.min_margin:
             continue

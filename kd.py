@@ -147,7 +147,11 @@ class Args:
         if self.output_key and not self.input_key:
             die("--output_key needs --input_key")
         if self.input_template and "{}" not in self.input_template:
-            die(f"--input_template {self.input_template!r} has no {{}} for the prompt")
+            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
+            self.input_template = None
+        if self.use_wandb and not transformers.integrations.is_wandb_available():
+            note("notice wandb is not installed: metrics are in metrics.jsonl only")
+            self.use_wandb = None
 
 
 # A run may be resumed with other values of these flags; every other flag belongs to its identity.
