@@ -40,9 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Every pack has another size: GPU memory would fragment, and a CPU would keep the kernels of 1,024 sizes.
+# Every pack has another size: GPU memory would fragment, and a CPU keep the kernels of 1,024 sizes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are encoded by several processes instead
 
 import jinja2
