@@ -112,7 +112,7 @@ class Args:
     max_steps: int = 100_000_000  # end after this many optimiser steps, the schedule as well
     seed: int = 42  # of everything random: data order, LoRA's start and dropout
     train_batch_size: int = 128  # examples per optimiser step, over all ranks
-    micro_train_batch_size: int = 8  # most examples per forward pass and rank; never changes the result
+    micro_train_batch_size: int = 8  # most examples per pass and rank; changes no result, lora_dropout aside
     packing_samples: bool = False  # fill passes to micro_train_batch_size x max_len tokens (pairs: twice)
     zero_stage: Literal[0, 1, 2, 3] = 2  # sharded: 0 and 1 optimiser state, 2 gradients too, 3 weights too
     adam_offload: bool = False  # keep optimiser state and master weights in CPU memory
