@@ -372,7 +372,7 @@ def test_calls_without_a_reward(home, tmp_path, capsys):
 # --- resuming, ranks
 
 
-def test_the_same_command_does_nothing_another_replaces(home, tmp_path, capsys):
+def test_the_same_command_does_nothing_another_replaces(home, tmp_path, capsys, monkeypatch):
     out, flags = tmp_path / "sub" / "out.jsonl", {"max_samples": 3}
     first = run(home, "generate", out, **flags)
     stamp = out.stat().st_mtime_ns
@@ -380,6 +380,10 @@ def test_the_same_command_does_nothing_another_replaces(home, tmp_path, capsys):
     assert out.stat().st_mtime_ns == stamp and "nothing to do" in capsys.readouterr().out
     assert run(home, "generate", out, seed=7, **flags) != first
     assert "will be replaced: other seed" in capsys.readouterr().out
+    monkeypatch.setattr(script, "run_stage", lambda *args: None)  # as where nodes share no disk
+    with pytest.raises(SystemExit):
+        run(home, "generate", out, seed=8, **flags)
+    assert "3 results are missing" in capsys.readouterr().err
 
 
 def launch(folder, configs, *launcher):

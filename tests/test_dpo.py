@@ -159,7 +159,7 @@ def test_tree_equals_separate_forwards(family, tmp_path):
 def test_the_check_at_the_start(family, tmp_path, monkeypatch, capsys):
     """It finds sequences that see each other (Bloom's, by ALiBi), and a head that is not the model's."""
     monkeypatch.setitem(FAMILIES, family, {})
-    args = dpo.Args(pretrain=save_family(family, tmp_path / "model"), dataset="")
+    args = dpo.Args(pretrain=save_family(family, tmp_path / "model"), dataset="", bf16=family == "Bloom")
     model = dpo.LogProbs(dpo.load_model(args.pretrain, args))
     model.device, model.scale = "cpu", 1.0 if family == "Bloom" else 40.0
     with pytest.raises(SystemExit):
