@@ -627,7 +627,7 @@ def hidden_states(body, batch, device):
     # Nothing is shared, or the cache cannot be (of hybrid models).
     if len(prompts) == len(batch) or [] in prompts or body._is_stateful:
         rows = [item.prompt + item.response for item in batch]
-        ids, mask = pad(rows, device)
+        ids, _ = pad(rows, device)  # without a mask: no token sees the padding behind it
         options = {"use_cache": False}
     else:
         rows = [item.response for item in batch]
@@ -638,9 +638,9 @@ def hidden_states(body, batch, device):
         cache.batch_select_indices(owners)
         ids, response_mask = pad(rows, device)
         mask = torch.cat([mask[owners], response_mask], 1)
-        options = {"past_key_values": cache}
-    position_ids = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-    hidden = body(ids, attention_mask=mask, position_ids=position_ids, **options).last_hidden_state
+        position_ids = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+        options = {"past_key_values": cache, "attention_mask": mask, "position_ids": position_ids}
+    hidden = body(ids, **options).last_hidden_state
     ends = [len(row) for row in rows]
     return [states[end - len(item.response) : end] for item, states, end in zip(batch, hidden, ends)]
 
