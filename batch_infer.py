@@ -108,8 +108,6 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            die("--temperature must be 0 or more, --top_p above 0 and at most 1")
         if self.temperature == 0 and self.best_of_n > 1:
             die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
@@ -120,8 +118,6 @@ class Args:
             die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
         if self.output_key and not self.input_key:
             die("--output_key needs --input_key")
-        if min(self.best_of_n, self.micro_batch_size, self.max_new_tokens, self.reward_timeout) <= 0:
-            die("--best_of_n, --micro_batch_size, --max_new_tokens, --reward_timeout must be above 0")
         if self.scored_path == self.output_path:
             die("--scored_path and --output_path are one file")
         if os.path.isfile(self.tokenizer_chat_template or ""):

@@ -130,19 +130,11 @@ class Args:
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        counts = ("train_batch_size", "micro_train_batch_size", "max_len", "max_epochs", "max_steps")
-        for name in (*counts, "max_samples", "logging_steps", "max_ckpt_num"):
-            if getattr(self, name) < 1:
-                die(f"--{name} must be 1 or more, not {getattr(self, name)}")
-        self.save_path = self.save_path.rstrip("/")
-        if os.path.islink(self.save_path):  # the folder that it names will be replaced
-            self.save_path = os.path.realpath(self.save_path)
-        if Path.cwd().is_relative_to(Path(self.save_path).resolve()):
+        self.save_path = os.path.realpath(self.save_path)  # of a link, the folder that it names
+        if Path.cwd().is_relative_to(self.save_path):
             die(f"--save_path {self.save_path} will be replaced as a whole: name a folder below")
-        own = os.path.abspath(f"{self.save_path}.ckpt")  # of this run alone: it is removed at the end
-        if self.ckpt_path:
-            own = os.path.join(self.ckpt_path, own.replace("/", "_"))
-        self.ckpt_path = own
+        own = f"{self.save_path}.ckpt"  # of this run alone: it is removed at the end
+        self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         if self.input_template and "{}" not in self.input_template:
@@ -157,8 +149,8 @@ class Args:
         if self.loss_type not in LOSSES:
             die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
         takes = LOSSES[self.loss_type]
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            die("--beta must be above 0, --label_smoothing from 0 to below 0.5")
+        if not 0 <= self.label_smoothing < 0.5:
+            die("--label_smoothing must be 0 to below 0.5")
         if self.label_smoothing and "smoothing" not in takes:
             die(f"--loss_type {self.loss_type} takes no --label_smoothing")
         if self.ref_pretrain and "reference" not in takes:
@@ -400,7 +392,7 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
-    if n == 0:
+    if n < 1:
         die(f"dataset {name!r} has no rows")
     # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
@@ -902,7 +894,7 @@ def identify(args):
     identity["ranks"] = int(os.environ["WORLD_SIZE"])
     for flag in ("pretrain", "dataset", "ref_pretrain", "teacher_model"):  # those that there are
         names = identity.get(flag)
-        if names and Path(names).resolve() != Path(args.save_path).resolve():  # else the run will change it
+        if names and os.path.realpath(names) != args.save_path:  # else the run will change it
             identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
     return json.loads(json.dumps(identity))  # as it will be read back
 
@@ -950,9 +942,8 @@ def open_run(args, identity):
         return None
     if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
         die(f"--save_path {target} is a mount point or a file: name a folder")
-    in_place = target.resolve() == Path(args.pretrain).resolve()
     models = [*target.glob("*config.json"), *target.glob("*.safetensors")]  # of adapters, too
-    if models and not in_place:
+    if models and os.path.realpath(args.pretrain) != args.save_path:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
     folders = checkpoints(args)
     if folders:

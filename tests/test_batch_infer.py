@@ -469,7 +469,6 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "too many positional arguments": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:hang"},
         "broken failed on every row: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
         "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
-        "--top_p above 0 and at most 1": {"top_p": 1.5},
         "--best_of_n 2: greedy samples are all the same": {"greedy_sampling": True, "best_of_n": 2},
         "no column prmpt (--input_key, --output_key) but prompt": {"input_key": "prmpt"},
         "--prompt_max_len 100 + --max_new_tokens 200 is more than the model's 256": {"max_new_tokens": 200},

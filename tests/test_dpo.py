@@ -391,7 +391,7 @@ BAD_INPUT = [  # rows, flags, what the error says
     ([GOOD], {"ref_pretrain": "no/such-model"}, "no/such-model"),
     ([GOOD], {"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing"),
     ([GOOD], {"loss_type": "simpo", "ref_pretrain": "other"}, "--ref_pretrain"),
-    ([GOOD], {"beta": 0.0}, "--beta must be above 0"),
+    ([GOOD], {"label_smoothing": 0.5}, "0 to below 0.5"),
 ]
 
 

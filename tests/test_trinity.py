@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def show(tmp_path, capsys, monkeypatch):
 def test_defaults_are_trinitys(show):
     args, words, console = show({})
     assert words[:2] == [sys.executable, str(REPO / "dpo.py")]
-    assert (args.pretrain, args.dataset, args.save_path) == ("owner/model", "owner/pairs", "root/p/n/model")
+    assert (args.pretrain, args.dataset, relpath(args.save_path)) == ("owner/model", "owner/pairs", "root/p/n/model")
     assert (args.prompt_key, args.chosen_key, args.rejected_key) == ("prompt", "chosen", "rejected")
     assert (args.beta, args.train_batch_size, args.max_epochs, args.save_steps) == (0.2, 64, 2, 30)
     assert (args.learning_rate, args.lr_scheduler, args.lr_warmup_ratio) == (1e-6, "constant", 0.0)
@@ -101,7 +102,7 @@ def test_interpolation_and_variables(show, monkeypatch):
     changes = {f"{DATA}.path": "$DATASET_PATH/x", "checkpoint_root_dir": "${project}/${oc.env:DATASET_PATH}"}
     changes["model.model_path"] = "${oc.env:TRINITY_MODEL_PATH,owner/default}"
     args, *_ = show(changes)
-    assert (args.dataset, args.pretrain, args.save_path) == ("/data/x", "owner/default", "p/data/p/n/model")
+    assert (args.dataset, args.pretrain, relpath(args.save_path)) == ("/data/x", "owner/default", "p/data/p/n/model")
 
 
 @pytest.mark.parametrize(
