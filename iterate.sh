@@ -39,6 +39,7 @@ check() { [[ ${!1} =~ ^($2)$ ]] || die "$1=${!1}: $3"; }
 check CSFT_PROMPTS "( *[-+]?[0-9]*\.?[0-9]+)+ *" "numbers with blanks between them"
 for name in BF16 KL DRY_RUN; do check $name "0|1" "0 or 1"; done
 for name in TRAINING_ITERS ROLLOUT_BATCH_SIZE BEST_OF_N NUM_GPUS; do check $name "[1-9][0-9]*" "a number above 0"; done
+[[ $METHOD$BEST_OF_N != iter_dpo1 ]] || die "BEST_OF_N=1: METHOD=iter_dpo needs two samples or more of each prompt"
 [[ $REF == init || $REF$REF_MODEL_PATH == prev ]] || die "REF=$REF: init, or prev without a REF_MODEL_PATH"
 [[ -z $(find "$GENERATE_OUTPUT" "$RM_OUTPUT" "$MODEL_OUTPUT_PATH/config.json" -type f 2>/dev/null) ]] ||
   die "GENERATE_OUTPUT, RM_OUTPUT, MODEL_OUTPUT_PATH become links, but one of them is a file: choose other names"

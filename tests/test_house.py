@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-MAX_LINES = {"sft.py": 980, "kd.py": 1165, "dpo.py": 1160, "kto.py": 1165, "batch_infer.py": 1005}
+MAX_LINES = {"sft.py": 970, "kd.py": 1150, "dpo.py": 1150, "kto.py": 1155, "batch_infer.py": 1000}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
 MAX_TEST_LINES = 3620  # of tests/*.py together

@@ -219,6 +219,7 @@ RM_MODEL_PATH= | RM_MODEL_PATH is not set
 CSFT_PROMPTS='0 high' | CSFT_PROMPTS=0 high: numbers
 POLICY_MODEL_PATH=./nowhere | POLICY_MODEL_PATH: ./nowhere/config.json is not there
 PROMPT_DATASET=prompts.jsonl,examples/a.jsonl | PROMPT_DATASET: examples/a.jsonl is not there
+METHOD=iter_dpo BEST_OF_N=1 | BEST_OF_N=1: METHOD=iter_dpo needs two samples
 REF=prev REF_MODEL_PATH=policy | REF=prev: init, or prev without
 OUT=prompts.jsonl | OUT=prompts.jsonl cannot be written
 TRAIN_FLAGS='--learning_rat 1e-3' | TRAIN_FLAGS: sft.py has no flag --learning_rat
