@@ -328,7 +328,7 @@ def render_prompt(prompt, tokenizer, args):
 
 def sampling_items(rows, keys, tokenizer, config, args):
     """The Items of this iteration: the samples of its prompts, with rows that lack what will be sampled."""
-    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.prompt_max_len + args.max_new_tokens > limit:
         lengths = f"--prompt_max_len {args.prompt_max_len} + --max_new_tokens {args.max_new_tokens}"
         die(f"{lengths} is more than the model's {limit} positions")
@@ -379,17 +379,9 @@ def row_texts(row, keys, chat):
     return messages[: turns[-1]], messages[turns[-1]]
 
 
-def render_chat(prompt, answer, cut, to_eos, tokenizer):
-    """(text, where in it the answer begins) of messages and the answer to them, in the chat template."""
-    # continue_final_message: without what the template writes behind an answer
-    text = tokenizer.apply_chat_template([*prompt, answer], tokenize=False, continue_final_message=cut)
-    asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    start = len(os.path.commonprefix([text, asked]))
-    return text.rstrip("\n") if to_eos and not cut else text, start
-
-
-def scored_ids(row, keys, to_eos, config, tokenizer, args):
+def scored_ids(row, keys, config, tokenizer, args):
     """(prompt, response), token ids of a row as a reward model or (logps) the policy reads it."""
+    to_eos = args.eval_task == "logps" or is_openrlhf(config)
     is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
     if is_ours and args.eval_task == "logps":
         prompt, response = row["input"], row["output"]
@@ -402,8 +394,13 @@ def scored_ids(row, keys, to_eos, config, tokenizer, args):
         # What the policy saw has its BOS. A reward model's own goes in front, but not of a rendered chat.
         add_bos = not is_ours or (args.eval_task == "rm" and "messages" not in row)
     else:
-        text, start = render_chat(prompt, response, cut, to_eos, tokenizer)
+        # continue_final_message: without what the template writes behind an answer
+        text = tokenizer.apply_chat_template([*prompt, response], tokenize=False, continue_final_message=cut)
+        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        start = len(os.path.commonprefix([text, asked]))
         add_bos = False
+        if to_eos and not cut:
+            text = text.rstrip("\n")
     ids, ends = tokenize(text, tokenizer, add_bos)
     ends_here = to_eos or isinstance(prompt, str)  # a template writes what its Hugging Face heads read
     if ends_here and not cut and not text.endswith(tokenizer.eos_token):
@@ -411,11 +408,12 @@ def scored_ids(row, keys, to_eos, config, tokenizer, args):
     first = max(1, sum(end <= start for end in ends))  # of the response
     if first == len(ids):
         raise ValueError("empty response")
-    limit = min(args.max_len, getattr(config, "max_position_embeddings", None) or math.inf)
+    text_config = config.get_text_config()
+    limit = min(args.max_len, getattr(text_config, "max_position_embeddings", None) or math.inf)
     if len(ids) > limit:
         raise ValueError(f"longer than {limit} tokens (--max_len, or the model's positions)")
     # A Hugging Face head looks at the last token that is no padding: let that be the last one.
-    while not to_eos and len(ids) > 1 and ids[-1] == config.pad_token_id:
+    while not to_eos and len(ids) > 1 and ids[-1] == text_config.pad_token_id:
         ids.pop()
     last = min(first, len(ids)) - 1  # of the prompt: it predicts the response
     return ids[:last], ids[last:]
@@ -423,14 +421,13 @@ def scored_ids(row, keys, to_eos, config, tokenizer, args):
 
 def scoring_items(rows, keys, tokenizer, config, args):
     """The Items of the rows to score, by a model or by a reward function."""
-    to_eos = args.eval_task == "logps" or not args.reward_fn and reward_config(args)[1]
 
     def make(i, row):
         if args.reward_fn:
             prompt, response = row_texts(row, keys, args.apply_chat_template)
             response = response if isinstance(response, str) else response["content"]
         else:
-            prompt, response = scored_ids(row, keys, to_eos, config, tokenizer, args)
+            prompt, response = scored_ids(row, keys, config, tokenizer, args)
         return [Item((i, 0), prompt, response, row)]
 
     return collect(rows, make, args)
@@ -457,26 +454,10 @@ def load_weights(auto, args, device, **options):
     return model.to(device).eval().requires_grad_(False)
 
 
-def reward_config(args):
-    """(config.json of a reward model, whether OpenRLHF saved it rather than Hugging Face as a classifier)."""
-    config = transformers.AutoConfig.from_pretrained(args.pretrain)
-    kinds = [name for name in config.architectures or [] if name.endswith("ForSequenceClassification")]
-    return config, hasattr(config, "value_head_prefix") or not kinds
-
-
-def load_reward_model(args, device):
-    """(body, head, mean, std): rewards are (head(hidden state) - mean) / std. The head computes in fp32."""
-    config, is_openrlhf = reward_config(args)
-    config.num_labels = 1
-    options = {"config": config}
-    if is_openrlhf:
-        prefix = getattr(config, "value_head_prefix", args.value_head_prefix)
-        options["key_mapping"] = {rf"^{prefix}\.": "score."}
-    model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
-    if not hasattr(model, "score"):
-        die(f"model {args.pretrain!r}: its head has another name than score, which is not supported")
-    mean, std = getattr(config, "mean", None), getattr(config, "std", None)
-    return model.base_model, model.score.float(), mean or 0.0, std or 1.0
+def is_openrlhf(config):
+    """Whether OpenRLHF saved a reward model, rather than Hugging Face as a classifier."""
+    is_classifier = "ForSequenceClassification" in str(config.architectures)
+    return hasattr(config, "value_head_prefix") or not is_classifier
 
 
 def pad(rows, device, left=False):
@@ -642,10 +623,18 @@ def hidden_states(body, batch, device):
 
 
 def score(batches, tokenizer, args, device):
-    """Rewards of a reward model."""
-    body, head, mean, std = load_reward_model(args, device)
+    """Rewards: (head(last hidden state) - mean) / std. The head computes in fp32."""
+    config = transformers.AutoConfig.from_pretrained(args.pretrain, num_labels=1)
+    options = {"config": config}
+    if is_openrlhf(config):
+        prefix = getattr(config, "value_head_prefix", args.value_head_prefix)
+        options["key_mapping"] = {rf"^{prefix}\.": "score."}
+    model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
+    head = model.score.float()
+    mean, std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None) or 1.0
     for batch in batches:
-        last = torch.stack([states[-1] for states in hidden_states(body, batch, device)])  # [B, H]
+        states = hidden_states(model.base_model, batch, device)
+        last = torch.stack([response[-1] for response in states])  # [B, H]
         rewards = (head(last.float())[:, 0] - mean) / std
         for item, reward in zip(batch, rewards.tolist()):
             yield item.key, {"reward": reward if math.isfinite(reward) else None}
@@ -966,7 +955,7 @@ def main(args):
     tokenizer = config = None
     if not function:
         tokenizer = load_tokenizer(args.pretrain, args)
-        config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
+        config = transformers.AutoConfig.from_pretrained(args.pretrain)
     if args.eval_task in ("rm", "logps"):
         items = scoring_items(rows, keys, tokenizer, config, args)
         rows = {(i, 0): row for i, row in rows.items()}
