@@ -134,7 +134,7 @@ class Args:
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
-FREE_FLAGS = """output_path scored_path max_drop_ratio tp_size dp_size max_num_seqs gpu_memory_utilization
+FREE_FLAGS = """output_path max_drop_ratio tp_size dp_size max_num_seqs gpu_memory_utilization
     flash_attn enable_prefix_caching zero_stage local_rank""".split()
 # Columns of our own rows; a prompt's columns with other names stay in the rows of its samples.
 OUR_COLUMNS = "id sample input output finish_reason tokens messages prompt plain_input reward".split()
@@ -733,43 +733,38 @@ def stamp(name):
     return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-def outputs(args):
-    """The files that the stage makes."""
-    return [path for path in (args.output_path, args.scored_path) if path]
-
-
-def identify_stage(args, inputs):
+def identify_stage(args):
     """All that decides the result: flags, this script, the files that flags name."""
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    for flag, names in inputs.items():
-        identity[f"files of {flag}"] = [stamp(name.strip()) for name in names.split(",")]
+    functions = [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
+    names = [name.strip() for name in (*args.dataset.split(","), args.pretrain, *functions)]
+    identity["input files"] = [stamp(name) for name in names if name]
     return json.loads(json.dumps(identity))  # as it will be read back
 
 
 def open_stage(args, identity):
     """The folder for results of this very command; None where its output is there already."""
-    meta = Path(f"{args.output_path}.meta.json")
-    record = json.loads(meta.read_text()) if meta.exists() else {"identity": {}}
-    if record["identity"] == identity and record["files"] == [stamp(path) for path in outputs(args)]:
-        note(f"done   {args.output_path} is complete and made by this command: nothing to do")
-        shutil.rmtree(f"{args.output_path}.partial", ignore_errors=True)  # a kill may have left it
+    output, meta = Path(args.output_path), Path(f"{args.output_path}.meta.json")
+    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
+    if made_by == identity and output.exists():
+        note(f"done   {output} is complete and made by this command: nothing to do")
+        shutil.rmtree(f"{output}.partial", ignore_errors=True)  # a kill may have left it
         return None
     inputs = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
-    for path in outputs(args):
+    for path in filter(None, (args.output_path, args.scored_path)):
         if os.path.isdir(path) or os.path.realpath(path) in inputs:
             die(f"{path} cannot be written: it is a folder, or our input")
-    if os.path.exists(args.output_path):
-        changed = [name for name, value in record["identity"].items() if identity.get(name) != value]
-        note(f"notice {args.output_path} will be replaced: other {', '.join(changed) or 'content'}")
+    if output.exists():
+        changed = [name for name, value in made_by.items() if identity.get(name) != value]
+        note(f"notice {output} will be replaced: other {', '.join(changed) or 'content'}")
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    folder = Path(f"{args.output_path}.partial", command)
+    folder = Path(f"{output}.partial", command)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in outputs(args):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.scored_path or output).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        die(f"--output_path {args.output_path} cannot be written: {e.strerror}")
+        die(f"{output} cannot be written: {e.strerror}")
     return folder
 
 
@@ -815,10 +810,11 @@ def run_stage(items, folder, tokenizer, function, args, device):
         write_results(folder / f"{rank}_0.jsonl", results, sum(len(batch) for batch in todo))
 
 
-def write_atomic(path, lines):
+def write_rows(path, rows):
     """Writes beside and renames: the file is there as a whole or not at all."""
     with open(f"{path}.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(lines)
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     os.replace(f"{path}.tmp", path)
 
 
@@ -839,13 +835,15 @@ def write_outputs(rows, items, keys, folder, identity, args):
     processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
     choose = processors.get(args.post_processor)
     selected = choose(rows, keys, args) if choose else rows
-    for path, result in zip(outputs(args), (selected, rows)):
-        write_atomic(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in result))
+    meta = Path(f"{args.output_path}.meta.json")
+    meta.unlink(missing_ok=True)  # it tells of another output
+    if args.scored_path:
+        write_rows(args.scored_path, rows)
+    write_rows(args.output_path, selected)
     summary = {"rows": len(rows), "selected": len(selected)}
     if args.eval_task == "rm":
         summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
-    meta = {"identity": identity, "files": [stamp(path) for path in outputs(args)], "summary": summary}
-    write_atomic(f"{args.output_path}.meta.json", json.dumps(meta, indent=1))
+    write_rows(meta, [{"identity": identity, "summary": summary}])
     shutil.rmtree(f"{args.output_path}.partial")
     note(f"saved  {args.output_path}  {', '.join(f'{name} {value}' for name, value in summary.items())}")
 
@@ -964,8 +962,7 @@ def main(args):
         rows = {item.key: item.row for item in items}
     if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started
         return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, function, args, device)
-    source = ",".join(spec.rpartition(":")[0] for spec in args.reward_fn.split(",")) or args.pretrain
-    identity = identify_stage(args, {"dataset": args.dataset, "pretrain or reward_fn": source})
+    identity = identify_stage(args)
     folder = open_stage(args, identity)
     if folder is None:
         return
