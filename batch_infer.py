@@ -34,6 +34,7 @@ import os
 import runpy
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import traceback
@@ -42,7 +43,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import datasets
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -83,8 +83,7 @@ class Args:
     stop: tuple[str, ...] = ()  # one or more texts that end a sample; they are not part of it
     seed: int = 42  # of the samples
     csft_prompt: float | None = None  # ask for this {reward}, with the --reward_template that csft had
-    # in place of a model, functions (prompt, response, row) -> number: list of FILE.py:NAME[=WEIGHT], summed
-    reward_fn: str = ""
+    reward_fn: str = ""  # comma list of FILE.py:NAME[=WEIGHT]: functions of (prompt, response, row), summed
     reward_timeout: float = 10.0  # seconds that --reward_fn may take for a row; without an answer: null
     # what becomes of the rows: rs = best of a prompt, iter_dpo = best against worst, csft = all, conditioned
     post_processor: Literal["rs", "iter_dpo", "csft", "null"] = "null"
@@ -224,7 +223,8 @@ def load_rows(args):
         shares = [float(share) for share in args.dataset_probs.split(",")]
         if len(shares) != len(tables):
             die(f"--dataset_probs {args.dataset_probs}: not a number for each of {len(tables)} datasets")
-        tables = [np.resize(table, round(share * total)) for table, share in zip(tables, shares)]
+        sizes = [round(share * total) for share in shares]
+        tables = [itertools.islice(itertools.cycle(table), size) for table, size in zip(tables, sizes)]
     return {i: row for i, row in enumerate(itertools.chain(*tables)) if row}  # a blank line is no row
 
 
@@ -319,9 +319,7 @@ def render_prompt(prompt, tokenizer, args):
         if any(other[: len(ids)] != ids for other in longer):
             text = text[:-1]
             ids, _ = tokenize(text, tokenizer, add_bos=True)
-    if not ids:
-        raise ValueError("the prompt has no tokens: it is empty, or the model's folder has no tokenizer")
-    if ids[0] == tokenizer.bos_token_id:
+    if ids and ids[0] == tokenizer.bos_token_id:
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text, ids
 
@@ -351,8 +349,8 @@ def sampling_items(rows, keys, tokenizer, config, args):
             asked = conditioned(prompt, args.csft_prompt, args)
             fields["plain_input"], _ = render_prompt(prompt, tokenizer, args)
         text, ids = render_prompt(asked, tokenizer, args)
-        if len(ids) > args.prompt_max_len:
-            raise ValueError(f"longer than --prompt_max_len {args.prompt_max_len}")
+        if not 0 < len(ids) <= args.prompt_max_len:
+            raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
         fields |= {name: row[name] for name in row if name not in (keys[0], *OUR_COLUMNS)}
         sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
         return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
@@ -460,9 +458,8 @@ def is_openrlhf(config):
     return hasattr(config, "value_head_prefix") or not is_classifier
 
 
-def pad(rows, device, left=False):
+def pad(rows, device, side="right"):
     """(input_ids, attention_mask), both [B, T], of lists of token ids."""
-    side = "left" if left else "right"
     parts = [torch.tensor(row) for row in rows]
     ids = pad_sequence(parts, batch_first=True, padding_value=-1, padding_side=side)
     mask = ids >= 0
@@ -473,11 +470,10 @@ def pad(rows, device, left=False):
 
 def make_batches(items, size):
     """Batches of items, the longest first; those of one prompt stay together."""
-    longest = collections.Counter()  # row of each prompt
-    for item in items:
-        prompt = tuple(item.prompt)
-        longest[prompt] = max(longest[prompt], len(item.prompt) + len(item.response))
-    items = sorted(items, key=lambda item: (-longest[tuple(item.prompt)], item.prompt, len(item.response)))
+    items = sorted(items, key=lambda item: len(item.response))
+    # The longest row of each prompt: its last one stays.
+    longest = {tuple(item.prompt): len(item.prompt) + len(item.response) for item in items}
+    items.sort(key=lambda item: (-longest[tuple(item.prompt)], item.prompt))
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
@@ -516,16 +512,16 @@ def generate(batches, tokenizer, args, device):
     settings |= {"do_sample": args.temperature > 0, "pad_token_id": stop_ids[0], "eos_token_id": stop_ids}
     # In place of the checkpoint's own settings, which would come on top of the flags.
     model.generation_config = transformers.GenerationConfig(**settings)
-    ends = transformers.StopStringCriteria(tokenizer, args.stop) if args.stop else None
+    stopping = []
+    if args.stop:  # as in vLLM the sample alone: `stop_strings` would find texts that began in the prompt
+        has_stop = transformers.StopStringCriteria(tokenizer, args.stop)
+        stopping.append(lambda ids, scores, **_: has_stop(ids[:, width:], scores))
     for batch in batches:
         torch.manual_seed(make_seed(args, [item.key for item in batch]))
-        ids, mask = pad([item.prompt for item in batch], device, left=True)
+        ids, mask = pad([item.prompt for item in batch], device, side="left")
         width = ids.shape[1]
-        stopping = []
-        if ends:  # as in vLLM the sample alone: `stop_strings` would find texts that began in the prompt
-            stopping.append(lambda ids, scores, width=width, **_: ends(ids[:, width:], scores))
-        found = model.generate(ids, attention_mask=mask, stopping_criteria=stopping)
-        for item, sampled in zip(batch, found[:, width:].tolist()):
+        samples = model.generate(ids, attention_mask=mask, stopping_criteria=stopping)[:, width:]
+        for item, sampled in zip(batch, samples.tolist()):
             yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
 
 
@@ -586,12 +582,11 @@ def run_engines(folder, args):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     parent, engines = os.getpid(), []
     for k in range(args.dp_size):
-        share = {"ENGINE_FOLDER": str(folder), "RANK": str(k), "WORLD_SIZE": str(args.dp_size)}
         gpus = visible.split(",")[k * args.tp_size : (k + 1) * args.tp_size]
-        environment = os.environ | share | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-        command = [sys.executable, *sys.orig_argv[1:]]
-        engine = subprocess.Popen(command, env=environment, preexec_fn=lambda: die_with_parent(parent))
-        engines.append(engine)
+        share = {"ENGINE_FOLDER": str(folder), "RANK": str(k), "WORLD_SIZE": str(args.dp_size)}
+        share["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        options = {"env": os.environ | share, "preexec_fn": lambda: die_with_parent(parent)}
+        engines.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], **options))
     for _ in engines:
         _, status = os.wait()  # for the next one that ends
         if status:  # the others end with us
@@ -608,7 +603,7 @@ def hidden_states(body, batch, device):
         options = {"use_cache": False}
     else:
         rows = [item.response for item in batch]
-        ids, mask = pad(prompts, device, left=True)
+        ids, mask = pad(prompts, device, side="left")
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         cache = body(ids, attention_mask=mask, position_ids=position_ids, use_cache=True).past_key_values
         owners = torch.tensor([prompts.index(item.prompt) for item in batch], device=device)
@@ -792,20 +787,18 @@ def write_results(path, results, n_total):
 def run_stage(items, folder, tokenizer, function, args, device):
     """Runs this rank's share of the work, less what is done."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
-    if function:
-        batches = [[item] for item in items]
-    else:  # planned alike on all ranks, whatever is done
-        batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))
-    mine = batches[rank::world_size]
     done = read_results(folder)
-    todo = [batch for batch in mine if any(item.key not in done for item in batch)]
-    if len(todo) < len(mine):
-        note(f"resume {len(mine) - len(todo):,} of {len(mine):,} batches were done before")
+    if done:
+        note(f"resume {len(done):,} of {len(items):,} results are there")
     if function:
-        call_rewards([item for batch in todo for item in batch], folder, function, args)
-    elif todo:
-        engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
+        items = [item for item in items[rank::world_size] if item.key not in done]
+        return call_rewards(items, folder, function, args)
+    # Planned alike on all ranks, whatever is done.
+    sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
+    batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))
+    todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
+    engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
+    if todo:
         results = engines[args.eval_task](todo, tokenizer, args, device)
         write_results(folder / f"{rank}_0.jsonl", results, sum(len(batch) for batch in todo))
 
@@ -854,9 +847,9 @@ def write_outputs(rows, items, keys, folder, identity, args):
 def reward_statistics(rows):
     """(mean, standard deviation) of the rewards there are; None if there are none."""
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    if len(set(rewards)) < 2:  # np.std of equal numbers is not always 0
-        return (rewards[0], 0.0) if rewards else (None, None)
-    return float(np.mean(rewards)), float(np.std(rewards))
+    if not rewards:
+        return None, None
+    return statistics.mean(rewards), statistics.pstdev(rewards)  # 0 for equal numbers, unlike numpy's
 
 
 def by_prompt(rows, keys):
