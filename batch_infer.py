@@ -225,7 +225,12 @@ def load_rows(args):
             die(f"--dataset_probs {args.dataset_probs}: not a number for each of {len(tables)} datasets")
         sizes = [round(share * total) for share in shares]
         tables = [itertools.islice(itertools.cycle(table), size) for table, size in zip(tables, sizes)]
-    return {i: row for i, row in enumerate(itertools.chain(*tables)) if row}  # a blank line is no row
+    rows = {i: row for i, row in enumerate(itertools.chain(*tables)) if row}  # a blank line is no row
+    if args.iter is None or args.eval_task in ("rm", "logps"):
+        return rows
+    ids, first = list(rows), args.iter * args.rollout_batch_size
+    wanted = [ids[k % len(ids)] for k in range(first, first + args.rollout_batch_size)]
+    return {i: rows[i] for i in wanted}  # each once, also when all of them are fewer
 
 
 def read_pair(row, keys):
@@ -236,12 +241,12 @@ def read_pair(row, keys):
     return prompt, row.get(keys[1]) if keys[1] else []
 
 
-def collect(rows, make, args):
-    """The Items that make(id, row) gives for the rows. What cannot be used is told; too many stop."""
+def collect(make, rows, keys, tokenizer, config, args):
+    """The Items that make(id, row, ...) gives for the rows. What cannot be used is told; too many stop."""
     items, reasons = [], collections.defaultdict(list)
     for i, row in rows.items():
         try:
-            items += make(i, row)
+            items += make(i, row, keys, tokenizer, config, args)
         except Exception as e:  # of many types: a template may raise anything
             reasons[str(e).partition("\n")[0]].append(i)
     n_dropped = sum(len(ids) for ids in reasons.values())
@@ -324,38 +329,25 @@ def render_prompt(prompt, tokenizer, args):
     return text, ids
 
 
-def sampling_items(rows, keys, tokenizer, config, args):
-    """The Items of this iteration: the samples of its prompts, with rows that lack what will be sampled."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if args.prompt_max_len + args.max_new_tokens > limit:
-        lengths = f"--prompt_max_len {args.prompt_max_len} + --max_new_tokens {args.max_new_tokens}"
-        die(f"{lengths} is more than the model's {limit} positions")
-    if args.iter is not None:
-        ids, first = list(rows), args.iter * args.rollout_batch_size
-        wanted = [ids[k % len(ids)] for k in range(first, first + args.rollout_batch_size)]
-        rows = {i: rows[i] for i in wanted}  # each once, also when all of them are fewer
-
-    def make(i, row):
-        value, _ = read_pair(row, (keys[0], None))
-        messages = as_messages(value, "user")
-        while messages[-1]["role"] == "assistant":  # of a conversation: the model answers itself
-            messages.pop()
-        prompt, fields = messages, {"messages": messages}
-        if not (args.apply_chat_template or isinstance(value, list)):
-            prompt = messages[0]["content"]
-            fields = {"prompt": prompt} if args.input_template else {}
-        asked = prompt
-        if args.csft_prompt is not None:
-            asked = conditioned(prompt, args.csft_prompt, args)
-            fields["plain_input"], _ = render_prompt(prompt, tokenizer, args)
-        text, ids = render_prompt(asked, tokenizer, args)
-        if not 0 < len(ids) <= args.prompt_max_len:
-            raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
-        fields |= {name: row[name] for name in row if name not in (keys[0], *OUR_COLUMNS)}
-        sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
-        return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
-
-    return collect(rows, make, args)
+def sampling_items(i, row, keys, tokenizer, config, args):
+    """The Items of a prompt: its samples, with rows that lack what will be sampled."""
+    value, _ = read_pair(row, (keys[0], None))
+    messages = as_messages(value, "user")
+    while messages[-1]["role"] == "assistant":  # of a conversation: the model answers itself
+        messages.pop()
+    prompt, fields = messages, {"messages": messages}
+    if not (args.apply_chat_template or isinstance(value, list)):
+        prompt = messages[0]["content"]
+        fields = {"prompt": prompt} if args.input_template else {}
+    text, ids = render_prompt(prompt, tokenizer, args)
+    if args.csft_prompt is not None:
+        fields["plain_input"] = text
+        text, ids = render_prompt(conditioned(prompt, args.csft_prompt, args), tokenizer, args)
+    if not 0 < len(ids) <= args.prompt_max_len:
+        raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
+    fields |= {name: row[name] for name in row if name not in (keys[0], *OUR_COLUMNS)}
+    sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
+    return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
 
 
 def row_texts(row, keys, chat):
@@ -377,7 +369,7 @@ def row_texts(row, keys, chat):
     return messages[: turns[-1]], messages[turns[-1]]
 
 
-def scored_ids(row, keys, config, tokenizer, args):
+def scored_ids(row, keys, tokenizer, config, args):
     """(prompt, response), token ids of a row as a reward model or (logps) the policy reads it."""
     to_eos = args.eval_task == "logps" or is_openrlhf(config)
     is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
@@ -406,29 +398,23 @@ def scored_ids(row, keys, config, tokenizer, args):
     first = max(1, sum(end <= start for end in ends))  # of the response
     if first == len(ids):
         raise ValueError("empty response")
-    text_config = config.get_text_config()
-    limit = min(args.max_len, getattr(text_config, "max_position_embeddings", None) or math.inf)
-    if len(ids) > limit:
-        raise ValueError(f"longer than {limit} tokens (--max_len, or the model's positions)")
+    if len(ids) > args.max_len:
+        raise ValueError(f"longer than {args.max_len} tokens (--max_len, or the model's positions)")
     # A Hugging Face head looks at the last token that is no padding: let that be the last one.
-    while not to_eos and len(ids) > 1 and ids[-1] == text_config.pad_token_id:
+    while not to_eos and len(ids) > 1 and ids[-1] == config.get_text_config().pad_token_id:
         ids.pop()
     last = min(first, len(ids)) - 1  # of the prompt: it predicts the response
     return ids[:last], ids[last:]
 
 
-def scoring_items(rows, keys, tokenizer, config, args):
-    """The Items of the rows to score, by a model or by a reward function."""
-
-    def make(i, row):
-        if args.reward_fn:
-            prompt, response = row_texts(row, keys, args.apply_chat_template)
-            response = response if isinstance(response, str) else response["content"]
-        else:
-            prompt, response = scored_ids(row, keys, config, tokenizer, args)
-        return [Item((i, 0), prompt, response, row)]
-
-    return collect(rows, make, args)
+def scoring_items(i, row, keys, tokenizer, config, args):
+    """The one Item of a row to score, by a model or by a reward function."""
+    if args.reward_fn:
+        prompt, response = row_texts(row, keys, args.apply_chat_template)
+        response = response if isinstance(response, str) else response["content"]
+    else:
+        prompt, response = scored_ids(row, keys, tokenizer, config, args)
+    return [Item((i, 0), prompt, response, row)]
 
 
 # --- engines: generators of (key, result)
@@ -526,7 +512,6 @@ def generate(batches, tokenizer, args, device):
 
 
 def start_vllm(args):
-    """vLLM's engine."""
     length = args.prompt_max_len + args.max_new_tokens
     settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": length}
     settings |= {"tensor_parallel_size": args.tp_size, "gpu_memory_utilization": args.gpu_memory_utilization}
@@ -536,8 +521,8 @@ def start_vllm(args):
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # runs our last lines
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        settings |= {"enforce_eager": True, "block_size": 32}  # samples share whole blocks of a prompt
+        # Samples share whole blocks of a prompt.
+        settings |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 2**30}
         # Half a prompt in a step would end a seeded request: "CPU Generator does not use offset".
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}
     try:
@@ -596,8 +581,7 @@ def run_engines(folder, args):
 def hidden_states(body, batch, device):
     """The last hidden states of each item's response, tensors [R, H]. A prompt is read once."""
     prompts = [list(ids) for ids in {tuple(item.prompt): None for item in batch}]
-    # Nothing is shared, or the cache cannot be (of hybrid models).
-    if len(prompts) == len(batch) or [] in prompts or body._is_stateful:
+    if len(prompts) == len(batch) or [] in prompts or body._is_stateful:  # nothing to share, or a hybrid
         rows = [item.prompt + item.response for item in batch]
         ids, _ = pad(rows, device)  # without a mask: no token sees the padding behind it
         options = {"use_cache": False}
@@ -916,17 +900,14 @@ def conditional_rows(rows, keys, args):
 
 
 def find_device(args):
-    """The device of this process."""
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(size)))
     # Asking for GPUs would deny them to the forked workers of a reward function.
     if args.reward_fn or not torch.cuda.is_available():
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    n_gpus = local_rank + 1
-    if args.eval_task == "generate_vllm":
-        n_gpus = args.tp_size * (1 if "ENGINE_FOLDER" in os.environ else args.dp_size)
-    if n_gpus > torch.cuda.device_count():
+    n_gpus = args.tp_size * args.dp_size if args.eval_task == "generate_vllm" else local_rank + 1
+    if n_gpus > torch.cuda.device_count() and "ENGINE_FOLDER" not in os.environ:
         die(f"{n_gpus} GPUs are asked for, {torch.cuda.device_count()} are there")
     return f"cuda:{local_rank}"
 
@@ -947,11 +928,16 @@ def main(args):
     if not function:
         tokenizer = load_tokenizer(args.pretrain, args)
         config = transformers.AutoConfig.from_pretrained(args.pretrain)
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+        args.max_len = min(args.max_len, limit)
     if args.eval_task in ("rm", "logps"):
-        items = scoring_items(rows, keys, tokenizer, config, args)
+        items = collect(scoring_items, rows, keys, tokenizer, config, args)
         rows = {(i, 0): row for i, row in rows.items()}
     else:
-        items = sampling_items(rows, keys, tokenizer, config, args)
+        if args.prompt_max_len + args.max_new_tokens > limit:
+            lengths = f"--prompt_max_len {args.prompt_max_len} + --max_new_tokens {args.max_new_tokens}"
+            die(f"{lengths} is more than the model's {limit} positions")
+        items = collect(sampling_items, rows, keys, tokenizer, config, args)
         rows = {item.key: item.row for item in items}
     if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started
         return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, function, args, device)

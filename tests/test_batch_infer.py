@@ -148,13 +148,15 @@ def prompts_of(home, rows, tokenizer=None, **flags):
     """The Items of prompts."""
     args = script.Args(**flags_of(home, "generate", "", **{"max_drop_ratio": 0.9} | flags))
     keys, config = script.choose_columns(rows[0], args), AutoConfig.from_pretrained(args.pretrain)
-    return script.sampling_items(dict(enumerate(rows)), keys, tokenizer or tokenizer_with(), config, args)
+    make, tokenizer = script.sampling_items, tokenizer or tokenizer_with()
+    return script.collect(make, dict(enumerate(rows)), keys, tokenizer, config, args)
 
 
-def test_slices_wrap_around_and_hold_a_prompt_once(home):
-    rows = [{"prompt": str(i)} for i in range(5)]
-    ids = [[item.key[0] for item in prompts_of(home, rows, iter=k, rollout_batch_size=3)] for k in range(4)]
-    assert ids == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
+def test_slices_wrap_around_and_hold_a_prompt_once(tmp_path):
+    flags = {"dataset": write_rows(tmp_path / "x.jsonl", [{"prompt": str(i)} for i in range(5)]), "pretrain": "x"}
+    slices = [script.Args("generate", "", iter=k, rollout_batch_size=3, **flags) for k in range(4)]
+    assert [list(script.load_rows(args)) for args in slices] == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
+    assert [*script.load_rows(script.Args("rm", "", iter=1, rollout_batch_size=3, **flags))] == [0, 1, 2, 3, 4]
 
 
 def test_blank_lines_keep_ids_and_shares_repeat_rows(tmp_path):
@@ -221,7 +223,7 @@ def test_what_a_reward_model_reads(home):
             args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), apply_chat_template=templated))
             tokenizer, config = tokenizer_with(), AutoConfig.from_pretrained(args.pretrain)
             keys = script.choose_columns(rows[0], args)
-            items = script.scoring_items(dict(enumerate(rows)), keys, tokenizer, config, args)
+            items = script.collect(script.scoring_items, dict(enumerate(rows)), keys, tokenizer, config, args)
             assert [tokenizer.decode(item.prompt + item.response) for item in items] == expected
 
 

@@ -69,7 +69,7 @@ def main():
     tokenizer = script.load_tokenizer(args.pretrain, args)
     config = script.transformers.AutoConfig.from_pretrained(args.pretrain)
     stop_ids, keys = script.find_stops(tokenizer, args), ("prompt", None)
-    items = script.sampling_items(script.load_rows(args), keys, tokenizer, config, args)
+    items = script.collect(script.sampling_items, script.load_rows(args), keys, tokenizer, config, args)
     engine = script.start_vllm(args)
     engine.engine_core.shutdown = lambda: None
     script.start_vllm = lambda args: engine
