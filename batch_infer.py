@@ -205,7 +205,7 @@ def choose_columns(row, args):
 
 
 def load_rows(args):
-    """{id: row} of all datasets, one after another; --dataset_probs: their shares of as many rows."""
+    """{id: row} of all datasets, with --dataset_probs their shares of as many rows; of --iter its slice."""
     tables = []
     for name in [name.strip() for name in args.dataset.split(",")]:
         table = list(itertools.islice(open_rows(name, args.dataset_split), args.max_samples))
@@ -228,8 +228,8 @@ def load_rows(args):
     rows = {i: row for i, row in enumerate(itertools.chain(*tables)) if row}  # a blank line is no row
     if args.iter is None or args.eval_task in ("rm", "logps"):
         return rows
-    ids, first = list(rows), args.iter * args.rollout_batch_size
-    wanted = [ids[k % len(ids)] for k in range(first, first + args.rollout_batch_size)]
+    first = args.iter * args.rollout_batch_size
+    wanted = itertools.islice(itertools.cycle(rows), first, first + args.rollout_batch_size)
     return {i: rows[i] for i in wanted}  # each once, also when all of them are fewer
 
 
@@ -369,14 +369,16 @@ def row_texts(row, keys, chat):
     return messages[: turns[-1]], messages[turns[-1]]
 
 
-def scored_ids(row, keys, tokenizer, config, args):
-    """(prompt, response), token ids of a row as a reward model or (logps) the policy reads it."""
+def scoring_items(i, row, keys, tokenizer, config, args):
+    """The one Item of a row: texts for a reward function, or ids as a reward model or the policy reads it."""
+    prompt, response = row_texts(row, keys, args.apply_chat_template)
+    if args.reward_fn:
+        response = response if isinstance(response, str) else response["content"]
+        return [Item((i, 0), prompt, response, row)]
     to_eos = args.eval_task == "logps" or is_openrlhf(config)
     is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
     if is_ours and args.eval_task == "logps":
         prompt, response = row["input"], row["output"]
-    else:
-        prompt, response = row_texts(row, keys, args.apply_chat_template)
     if isinstance(prompt, str):
         if args.input_template and not is_ours:
             prompt = args.input_template.replace("{}", prompt)
@@ -404,17 +406,7 @@ def scored_ids(row, keys, tokenizer, config, args):
     while not to_eos and len(ids) > 1 and ids[-1] == config.get_text_config().pad_token_id:
         ids.pop()
     last = min(first, len(ids)) - 1  # of the prompt: it predicts the response
-    return ids[:last], ids[last:]
-
-
-def scoring_items(i, row, keys, tokenizer, config, args):
-    """The one Item of a row to score, by a model or by a reward function."""
-    if args.reward_fn:
-        prompt, response = row_texts(row, keys, args.apply_chat_template)
-        response = response if isinstance(response, str) else response["content"]
-    else:
-        prompt, response = scored_ids(row, keys, tokenizer, config, args)
-    return [Item((i, 0), prompt, response, row)]
+    return [Item((i, 0), ids[:last], ids[last:], row)]
 
 
 # --- engines: generators of (key, result)
@@ -712,25 +704,23 @@ def stamp(name):
     return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-def identify_stage(args):
-    """All that decides the result: flags, this script, the files that flags name."""
+def open_stage(args):
+    """(folder for results, identity) of this very command; no folder where its output is there already.
+
+    identity is all that decides the result: flags, this script, the files that flags name.
+    """
+    names = [*args.dataset.split(","), args.pretrain]
+    names += [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    functions = [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
-    names = [name.strip() for name in (*args.dataset.split(","), args.pretrain, *functions)]
-    identity["input files"] = [stamp(name) for name in names if name]
-    return json.loads(json.dumps(identity))  # as it will be read back
-
-
-def open_stage(args, identity):
-    """The folder for results of this very command; None where its output is there already."""
+    identity["input files"] = [stamp(name.strip()) for name in names if name]
     output, meta = Path(args.output_path), Path(f"{args.output_path}.meta.json")
     made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
     if made_by == identity and output.exists():
         note(f"done   {output} is complete and made by this command: nothing to do")
         shutil.rmtree(f"{output}.partial", ignore_errors=True)  # a kill may have left it
-        return None
-    inputs = [os.path.realpath(name.strip()) for name in args.dataset.split(",")]
+        return None, identity
+    inputs = [os.path.realpath(name.strip()) for name in names]
     for path in filter(None, (args.output_path, args.scored_path)):
         if os.path.isdir(path) or os.path.realpath(path) in inputs:
             die(f"{path} cannot be written: it is a folder, or our input")
@@ -744,7 +734,7 @@ def open_stage(args, identity):
         Path(args.scored_path or output).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         die(f"{output} cannot be written: {e.strerror}")
-    return folder
+    return folder, identity
 
 
 def read_results(folder):
@@ -822,7 +812,7 @@ def write_outputs(rows, items, keys, folder, identity, args):
         summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
     write_rows(meta, [{"identity": identity, "summary": summary}])
     shutil.rmtree(f"{args.output_path}.partial")
-    note(f"saved  {args.output_path}  {', '.join(f'{name} {value}' for name, value in summary.items())}")
+    note(f"saved  {args.output_path}  {summary}")
 
 
 # --- post-processors: what becomes of scored rows
@@ -941,8 +931,7 @@ def main(args):
         rows = {item.key: item.row for item in items}
     if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started
         return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, function, args, device)
-    identity = identify_stage(args)
-    folder = open_stage(args, identity)
+    folder, identity = open_stage(args)
     if folder is None:
         return
     if args.eval_task == "generate_vllm" and args.dp_size > 1:
