@@ -10,8 +10,7 @@ prompt was messages. output has no EOS: finish_reason says whether it came ("sto
  1. Results reach the disk as they come: killed at any moment, the same command does the rest.
  2. A prompt is read once for all its samples, by vLLM and in scoring. Nothing is cut to fit.
  3. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
-    --apply_chat_template messages in its own template. Hugging Face heads look at the last token that is no
-    padding, OpenRLHF heads at EOS; rewards are (score - mean) / std where config.json has these.
+    --apply_chat_template messages in its own template. Rewards are (score - mean) / std of its config.json.
  4. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
     as in prompts of --csft_prompt; the samples of such prompts are scored as answers to the plain prompt.
 
@@ -117,12 +116,9 @@ class Args:
             die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
         if self.output_key and not self.input_key:
             die("--output_key needs --input_key")
-        if self.scored_path == self.output_path:
-            die("--scored_path and --output_path are one file")
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
-        # A shell leaves two characters of "\\n".
-        self.reward_template = self.reward_template.replace("\\n", "\n")
+        self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
         self.input_template = (self.input_template or "").replace("\\n", "\n")
         self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
@@ -414,8 +410,7 @@ def scoring_items(i, row, keys, tokenizer, config, args):
 
 def load_weights(auto, args, device, **options):
     """The model of --pretrain by a class of transformers, with Hugging Face's own attention."""
-    # Weights that have another shape are told like those that are not there.
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # to tell both below
     options["dtype"] = torch.bfloat16 if args.bf16 else torch.float32
     try:
         model, info = auto.from_pretrained(args.pretrain, **options)
@@ -488,8 +483,7 @@ def generate(batches, tokenizer, args, device):
     settings = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     settings |= {"repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens}
     settings |= {"do_sample": args.temperature > 0, "pad_token_id": stop_ids[0], "eos_token_id": stop_ids}
-    # In place of the checkpoint's own settings, which would come on top of the flags.
-    model.generation_config = transformers.GenerationConfig(**settings)
+    model.generation_config = transformers.GenerationConfig(**settings)  # in place of the checkpoint's own
     stopping = []
     if args.stop:  # as in vLLM the sample alone: `stop_strings` would find texts that began in the prompt
         has_stop = transformers.StopStringCriteria(tokenizer, args.stop)
@@ -513,8 +507,7 @@ def start_vllm(args):
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # runs our last lines
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
-        # Samples share whole blocks of a prompt.
-        settings |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 2**30}
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
         # Half a prompt in a step would end a seeded request: "CPU Generator does not use offset".
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}
     try:
@@ -690,131 +683,6 @@ def call_rewards(items, folder, function, args):
             items += left[1:]
 
 
-# --- files
-
-
-def stamp(name):
-    """[file, size, mtime] of all files of a local model or dataset: tells it apart without reading it."""
-    path = Path(name if os.path.exists(name) else name.partition("@")[0])
-    files = [path, *path.rglob("*")]
-    if (path / "config.json").exists():  # a model; a log or samples may lie beside it
-        kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
-        files = [file for file in path.iterdir() if file.name.endswith(kinds)]
-    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
-    return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-
-
-def open_stage(args):
-    """(folder for results, identity) of this very command; no folder where its output is there already.
-
-    identity is all that decides the result: flags, this script, the files that flags name.
-    """
-    names = [*args.dataset.split(","), args.pretrain]
-    names += [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
-    identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    identity["input files"] = [stamp(name.strip()) for name in names if name]
-    output, meta = Path(args.output_path), Path(f"{args.output_path}.meta.json")
-    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
-    if made_by == identity and output.exists():
-        note(f"done   {output} is complete and made by this command: nothing to do")
-        shutil.rmtree(f"{output}.partial", ignore_errors=True)  # a kill may have left it
-        return None, identity
-    inputs = [os.path.realpath(name.strip()) for name in names]
-    for path in filter(None, (args.output_path, args.scored_path)):
-        if os.path.isdir(path) or os.path.realpath(path) in inputs:
-            die(f"{path} cannot be written: it is a folder, or our input")
-    if output.exists():
-        changed = [name for name, value in made_by.items() if identity.get(name) != value]
-        note(f"notice {output} will be replaced: other {', '.join(changed) or 'content'}")
-    command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    folder = Path(f"{output}.partial", command)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Path(args.scored_path or output).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        die(f"{output} cannot be written: {e.strerror}")
-    return folder, identity
-
-
-def read_results(folder):
-    """{key: result} of all that this and earlier starts wrote, on any rank."""
-    found = {}
-    for path in folder.glob("*.jsonl"):
-        for line in path.read_text().split("\n"):
-            with contextlib.suppress(ValueError):  # an empty line, or one that a kill cut off
-                key, result = json.loads(line)
-                found[tuple(key)] = result
-    return found
-
-
-def write_results(path, results, n_total):
-    """Appends each (key, result) that an engine yields to a file."""
-    quiet = path.name != "0_0.jsonl" or not sys.stdout.isatty()
-    with open(path, "a") as file:
-        file.write("\n")  # a line that a kill cut off becomes a line of its own
-        for key, result in tqdm(results, "infer", n_total, file=sys.stdout, mininterval=2, disable=quiet):
-            file.write(json.dumps([key, result]) + "\n")
-            file.flush()
-
-
-def run_stage(items, folder, tokenizer, function, args, device):
-    """Runs this rank's share of the work, less what is done."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    done = read_results(folder)
-    if done:
-        note(f"resume {len(done):,} of {len(items):,} results are there")
-    if function:
-        items = [item for item in items[rank::world_size] if item.key not in done]
-        return call_rewards(items, folder, function, args)
-    # Planned alike on all ranks, whatever is done.
-    sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
-    batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))
-    todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
-    engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
-    if todo:
-        results = engines[args.eval_task](todo, tokenizer, args, device)
-        write_results(folder / f"{rank}_0.jsonl", results, sum(len(batch) for batch in todo))
-
-
-def write_rows(path, rows):
-    """Writes beside and renames: the file is there as a whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    os.replace(f"{path}.tmp", path)
-
-
-def write_outputs(rows, items, keys, folder, identity, args):
-    """Writes the outputs and, behind them, what made them; then the parts go. rows: {key of an Item: row}."""
-    found = read_results(folder)
-    n_lost = sum(item.key not in found for item in items)
-    if n_lost:
-        die(f"{n_lost:,} results are missing in {folder}: do all nodes share this disk?")
-    nothing = {"logps": None, "tokens": None} if args.eval_task == "logps" else {"reward": None}
-    rows = [row | found.get(key, nothing) for key, row in rows.items()]
-    errors = collections.Counter(row.pop("reward_error") for row in rows if "reward_error" in row)
-    for error, n in errors.most_common(5):
-        note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
-    if errors and all(row["reward"] is None for row in rows):
-        shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
-        die(f"--reward_fn {args.reward_fn} failed on every row: {next(iter(errors))}")
-    processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
-    choose = processors.get(args.post_processor)
-    selected = choose(rows, keys, args) if choose else rows
-    meta = Path(f"{args.output_path}.meta.json")
-    meta.unlink(missing_ok=True)  # it tells of another output
-    if args.scored_path:
-        write_rows(args.scored_path, rows)
-    write_rows(args.output_path, selected)
-    summary = {"rows": len(rows), "selected": len(selected)}
-    if args.eval_task == "rm":
-        summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
-    write_rows(meta, [{"identity": identity, "summary": summary}])
-    shutil.rmtree(f"{args.output_path}.partial")
-    note(f"saved  {args.output_path}  {summary}")
-
-
 # --- post-processors: what becomes of scored rows
 
 
@@ -886,7 +754,126 @@ def conditional_rows(rows, keys, args):
     return made
 
 
-# --- main
+# --- files and main
+
+
+def stamp(name):
+    """[file, size, mtime] of all files of a local model or dataset: tells it apart without reading it."""
+    path = Path(name if os.path.exists(name) else name.partition("@")[0])
+    files = [path, *path.rglob("*")]
+    if (path / "config.json").exists():  # a model; a log or samples may lie beside it
+        kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
+        files = [file for file in path.iterdir() if file.name.endswith(kinds)]
+    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
+    return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+def open_stage(args):
+    """(folder for results, all that decides them: the identity); no folder if the output is there already."""
+    names = [*args.dataset.split(","), args.pretrain]
+    names += [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
+    identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    identity["input files"] = [stamp(name.strip()) for name in names if name]
+    output, meta = Path(args.output_path), Path(f"{args.output_path}.meta.json")
+    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
+    if made_by == identity and output.exists():
+        note(f"done   {output} is complete and made by this command: nothing to do")
+        shutil.rmtree(f"{output}.partial", ignore_errors=True)  # a kill may have left it
+        return None, identity
+    taken = [os.path.realpath(name.strip()) for name in names]
+    for path in filter(None, (args.output_path, args.scored_path)):
+        if os.path.isdir(path) or os.path.realpath(path) in taken:
+            die(f"{path} cannot be written: it is a folder, our input, or named twice")
+        taken.append(os.path.realpath(path))
+    if output.exists():
+        changed = [name for name, value in made_by.items() if identity.get(name) != value]
+        note(f"notice {output} will be replaced: other {', '.join(changed) or 'content'}")
+    command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    folder = Path(f"{output}.partial", command)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(args.scored_path or output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        die(f"{output} cannot be written: {e.strerror}")
+    return folder, identity
+
+
+def read_results(folder):
+    """{key: result} of all that this and earlier starts wrote, on any rank."""
+    found = {}
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text().split("\n"):
+            with contextlib.suppress(ValueError):  # an empty line, or one that a kill cut off
+                key, result = json.loads(line)
+                found[tuple(key)] = result
+    return found
+
+
+def write_results(path, results, n_total):
+    """Appends each (key, result) that an engine yields to a file."""
+    quiet = path.name != "0_0.jsonl" or not sys.stdout.isatty()
+    with open(path, "a") as file:
+        file.write("\n")  # a line that a kill cut off becomes a line of its own
+        for key, result in tqdm(results, "infer", n_total, file=sys.stdout, mininterval=2, disable=quiet):
+            file.write(json.dumps([key, result]) + "\n")
+            file.flush()
+
+
+def run_stage(items, folder, tokenizer, function, args, device):
+    """Runs this rank's share of the work, less what is done."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    done = read_results(folder)
+    if done:
+        note(f"resume {len(done):,} of {len(items):,} results are there")
+    if function:
+        items = [item for item in items[rank::world_size] if item.key not in done]
+        return call_rewards(items, folder, function, args)
+    sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
+    batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
+    todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
+    engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
+    if todo:
+        results = engines[args.eval_task](todo, tokenizer, args, device)
+        write_results(folder / f"{rank}_0.jsonl", results, sum(len(batch) for batch in todo))
+
+
+def write_rows(path, rows):
+    """Writes beside and renames: the file is there as a whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def write_outputs(rows, items, keys, folder, identity, args):
+    """Writes the outputs and, behind them, what made them; then the parts go. rows: {key of an Item: row}."""
+    found = read_results(folder)
+    n_lost = sum(item.key not in found for item in items)
+    if n_lost:
+        die(f"{n_lost:,} results are missing in {folder}: do all nodes share this disk?")
+    nothing = {"logps": None, "tokens": None} if args.eval_task == "logps" else {"reward": None}
+    rows = [row | found.get(key, nothing) for key, row in rows.items()]
+    errors = collections.Counter(row.pop("reward_error") for row in rows if "reward_error" in row)
+    for error, n in errors.most_common(5):
+        note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
+    if errors and all(row["reward"] is None for row in rows):
+        shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
+        die(f"--reward_fn {args.reward_fn} failed on every row: {next(iter(errors))}")
+    processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
+    choose = processors.get(args.post_processor)
+    selected = choose(rows, keys, args) if choose else rows
+    meta = Path(f"{args.output_path}.meta.json")
+    meta.unlink(missing_ok=True)  # it tells of another output
+    if args.scored_path:
+        write_rows(args.scored_path, rows)
+    write_rows(args.output_path, selected)
+    summary = {"rows": len(rows), "selected": len(selected)}
+    if args.eval_task == "rm":
+        summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
+    write_rows(meta, [{"identity": identity, "summary": summary}])
+    shutil.rmtree(f"{args.output_path}.partial")
+    note(f"saved  {args.output_path}  {summary}")
 
 
 def find_device(args):
@@ -925,8 +912,7 @@ def main(args):
         rows = {(i, 0): row for i, row in rows.items()}
     else:
         if args.prompt_max_len + args.max_new_tokens > limit:
-            lengths = f"--prompt_max_len {args.prompt_max_len} + --max_new_tokens {args.max_new_tokens}"
-            die(f"{lengths} is more than the model's {limit} positions")
+            die(f"--prompt_max_len + --max_new_tokens is more than the model's {limit} positions")
         items = collect(sampling_items, rows, keys, tokenizer, config, args)
         rows = {item.key: item.row for item in items}
     if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started

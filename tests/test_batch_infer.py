@@ -473,11 +473,11 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
         "--best_of_n 2: greedy samples are all the same": {"greedy_sampling": True, "best_of_n": 2},
         "no column prmpt (--input_key, --output_key) but prompt": {"input_key": "prmpt"},
-        "--prompt_max_len 100 + --max_new_tokens 200 is more than the model's 256": {"max_new_tokens": 200},
+        "--prompt_max_len + --max_new_tokens is more than the model's 256": {"max_new_tokens": 200},
         "empty.jsonl": {"dataset": write_rows(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
         "policy' lacks score.weight: no model for --eval_task rm": scored | {"pretrain": str(home / "policy")},
-        "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
+        "cannot be written: it is a folder, our input, or named twice": {"output_path": str(home / "prompts.jsonl")},
         "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
     }
     for message, flags in cases.items():
