@@ -410,7 +410,7 @@ def scoring_items(i, row, keys, tokenizer, config, args):
 
 def load_weights(auto, args, device, **options):
     """The model of --pretrain by a class of transformers, with Hugging Face's own attention."""
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # to tell both below
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # see lacks below
     options["dtype"] = torch.bfloat16 if args.bf16 else torch.float32
     try:
         model, info = auto.from_pretrained(args.pretrain, **options)
@@ -444,7 +444,7 @@ def pad(rows, device, side="right"):
 def make_batches(items, size):
     """Batches of items, the longest first; those of one prompt stay together."""
     items = sorted(items, key=lambda item: len(item.response))
-    # The longest row of each prompt: its last one stays.
+    # Of each prompt the length of its longest row, which comes last.
     longest = {tuple(item.prompt): len(item.prompt) + len(item.response) for item in items}
     items.sort(key=lambda item: (-longest[tuple(item.prompt)], item.prompt))
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
