@@ -741,13 +741,11 @@ def checkpoints(args):
 
 
 def publish(args):
-    """Puts a finished model, <save_path>.partial, into place; after a kill it goes on where it was.
-
-    Of a model that was there before, what is no model file (rows, a log) survives.
-    """
+    """Puts a finished model, <save_path>.partial, into place, where what is no model file (a log) survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
     if not (partial / "args.json").exists():
         return
+    shutil.rmtree(args.ckpt_path, ignore_errors=True)
     if target.exists():
         old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
         for path in target.iterdir():
@@ -762,7 +760,6 @@ def open_run(args, identity):
     target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
     changed = difference(target, identity)
     if not changed:
-        shutil.rmtree(args.ckpt_path, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
     if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
@@ -776,13 +773,16 @@ def open_run(args, identity):
         if changed:
             die(f"{folders[0]} is a checkpoint of another run, remove it: {changed}")
         note(f"resume {folders[0]}")
-    else:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True)
+        (partial / "metrics.jsonl").touch()
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return int(folders[0].name[5:]) if folders else 0
+    if not folders:
+        return 0
+    shutil.copy(folders[0] / "metrics.jsonl", partial)  # without the steps that come again
+    return int(folders[0].name[5:])
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -790,6 +790,7 @@ def save_checkpoint(engine, args, step, identity):
     partial = Path(args.ckpt_path, f"step_{step}.partial")
     engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
     if dist.get_rank() == 0:
+        shutil.copy(f"{args.save_path}.partial/metrics.jsonl", partial)
         (partial / "args.json").write_text(json.dumps(identity, indent=1))
         os.rename(partial, partial.with_suffix(""))
         for folder in checkpoints(args)[args.max_ckpt_num :]:
@@ -814,31 +815,7 @@ def save_model(engine, tokenizer, args, identity):
         tokenizer.save_pretrained(partial)
         (partial / "args.json").write_text(json.dumps(identity, indent=1))  # last: now it is complete
         publish(args)
-        shutil.rmtree(args.ckpt_path, ignore_errors=True)
     dist.barrier()
-
-
-def open_log(args, start_step, total_steps):
-    """A function (step, metrics, seconds_left) that logs, on rank 0; lines after start_step are dropped."""
-    if dist.get_rank() > 0:
-        return lambda *numbers: None
-    path = Path(f"{args.save_path}.partial/metrics.jsonl")
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
-    if args.use_wandb:
-        import wandb
-
-        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        wandb.init()
-
-    def report(step, metrics, seconds_left=0):
-        with open(path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if args.use_wandb:
-            wandb.log(metrics, step=step)
-        note(console_line(step, total_steps, metrics, seconds_left))
-
-    return report
 
 
 # --- console and main
@@ -863,14 +840,23 @@ def mark_trained(ids, trained, tokenizer):
     return repr(marked[0][-60:] + "".join(marked[1:])[:240])
 
 
-def console_line(step, total_steps, metrics, seconds_left):
-    """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
+def report(step, total_steps, metrics, seconds_left, args):
+    """Logs a step, on rank 0: in metrics.jsonl, in Weights & Biases, and its main numbers on the console."""
+    if dist.get_rank() > 0:
+        return
+    with open(f"{args.save_path}.partial/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+    if args.use_wandb:
+        import wandb
+
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        (wandb.run or wandb.init()).log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
     shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
     left = datetime.timedelta(seconds=int(seconds_left))
-    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
+    note(f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}")
 
 
 def main(args):
@@ -920,14 +906,13 @@ def main(args):
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
-    report = open_log(args, start_step, total_steps)
 
     def evaluate():
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if held_out and start_step == 0:
-        report(0, evaluate())
+        report(0, total_steps, evaluate(), 0, args)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
@@ -952,7 +937,7 @@ def main(args):
         if evaluates:
             metrics |= evaluate()
         if evaluates or ends or step % args.logging_steps == 0:
-            report(step, metrics, took * (total_steps - step))
+            report(step, total_steps, metrics, took * (total_steps - step), args)
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)
