@@ -136,7 +136,7 @@ FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wa
     eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
     local_rank""".split()
 # These and the text of this script above the packing decide how a row is encoded: a new flag that
-# encode_example reads goes here, or rows encoded with its old value are found again.
+# encode_row reads goes here, or rows encoded with its old value are found again.
 DATA_FLAGS = """max_samples max_len input_key output_key input_template apply_chat_template multiturn
     pretrain_mode""".split()
 FEATURES = Features(  # the columns of an encoded row
@@ -209,15 +209,14 @@ def as_messages(value, role):
         return [{"role": role, "content": str(value)}]
     if not isinstance(value, list):
         raise ValueError(f"neither text nor messages but {type(value).__name__}")
+    keys = {"from": "role", "value": "content"}  # ShareGPT's
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        turn = {key: value for key, value in turn.items() if value is not None}  # Arrow fills in None
-        speaker = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or not isinstance(content, str):
+        turn = {keys.get(key, key): text for key, text in turn.items() if text is not None}  # Arrow's filling
+        if not isinstance(turn.get("content"), str):
             raise ValueError("a message needs role and content, both text")
-        messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
+        messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
     return messages
 
 
@@ -286,25 +285,19 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def example_columns(row, args):
-    """(prompt column, response column or None) of a row."""
-    # The first that fits.
+def encode_row(row, tokenizer, args):
+    """The examples of a row, here just one: the first columns of FEATURES."""
+    # Known columns of prompt and response: the first that fit.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
     if {"input", "output", "finish_reason"} <= set(row):  # other columns are the prompt before its template
         layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    wanted = " and ".join(filter(None, [args.input_key, args.output_key])) or "of a known layout"
-    raise ValueError(f"no column {wanted} (--input_key, --output_key) but {', '.join(row)}")
-
-
-def encode_example(row, tokenizer, args):
-    """The examples of a row, here just one: the first columns of FEATURES."""
-    prompt_key, response_key = example_columns(row, args)
+    fitting = [keys for keys in layouts if set(keys) - {None} <= set(row)]
+    if not fitting:
+        raise ValueError(f"columns {', '.join(row)}, not {layouts} (--input_key, --output_key)")
+    prompt_key, response_key = fitting[0]
     prompt = row[prompt_key]
     response = row[response_key] if response_key else []
     if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
@@ -317,7 +310,7 @@ def encode_example(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
@@ -348,7 +341,7 @@ def stamp(name):
     return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
+def encode_table(name, split, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
@@ -361,7 +354,7 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     decides += [getattr(args, flag) for flag in DATA_FLAGS]
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
+        lambda spans: encode_rows(spans, rows, name, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
@@ -380,28 +373,25 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     return table.select(np.flatnonzero(usable))
 
 
-def load_examples(names, probs, split, encode_row, tokenizer, args):
+def load_examples(names, probs, split, tokenizer, args):
     """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         advice = f"use --max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
-    options = (split, encode_row, tokenizer, config.vocab_size, args)
-    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
-    if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
-            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
-        sizes = [len(table) for table in tables]
-        for i, share in enumerate(shares):
-            tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
-    return datasets.concatenate_datasets(tables)
+    tables = [encode_table(name.strip(), split, tokenizer, config.vocab_size, args) for name in names.split(",")]
+    if probs:
+        n = sum(len(table) for table in tables)
+        sizes = [round(float(share) * n) for share in probs.split(",")]
+        pairs = zip(tables, sizes, strict=True)
+        tables = [table.select(np.resize(np.arange(len(table)), size)) for table, size in pairs]
+    return datasets.concatenate_datasets(tables).with_format("numpy")
 
 
 def fetch(table, indices):
     """Rows of the table as examples: {column: array or number}."""
-    columns = table.with_format("numpy")[indices]
+    columns = table[indices]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -864,16 +854,12 @@ def main(args):
     if rank == 0:
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
-    # --- algorithm: sft (inputs)
-    encoding = (encode_example, tokenizer, args)
-    # --- end algorithm
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
     held_out = []
     if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
-    columns = examples.with_format("numpy")
-    lengths, n_trained = columns["length"][:], columns["n_trained"][:]
+        held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+    lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:

@@ -320,7 +320,7 @@ def encode(row, folder, **flags):
     """(text before the first trained token, [text of each trained stretch], ids) of a row."""
     args = make_args(pretrain=folder, **flags)
     tokenizer = sft.load_tokenizer(folder, args)
-    (example,) = sft.encode_example(row, tokenizer, args)
+    (example,) = sft.encode_row(row, tokenizer, args)
     ids, trained = example["input_ids"], example["trained"]
     edges = np.flatnonzero(np.diff(trained.astype(int), append=0, prepend=0)).reshape(-1, 2)
     texts = [tokenizer.decode(ids[begin:end]) for begin, end in edges]
@@ -374,7 +374,7 @@ def examples_of(tiny, tokenizer):
 
     def call(names, **flags):
         args = make_args(pretrain=tiny, **flags)
-        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, sft.encode_example, tokenizer, args)
+        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, tokenizer, args).with_format(None)
 
     return call
 
@@ -419,7 +419,7 @@ def test_rows_are_encoded_once(examples_of, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", make_rows(5))
 
     def encodes(**flags):
-        with mock.patch.object(sft, "encode_example", wraps=sft.encode_example) as spy:
+        with mock.patch.object(sft, "encode_row", wraps=sft.encode_row) as spy:
             n = len(examples_of(path, **flags))
         assert spy.call_count in (0, n)
         return spy.called
@@ -663,7 +663,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "empty file": ({}, "", ["rows.jsonl", "has no rows"]),
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
     # --- columns and values
-    "missing column": ({"input_key": "prompt"}, GOOD, ["no column prompt", "--input_key.* input, output"]),
+    "missing column": ({"input_key": "prompt"}, GOOD, ["columns input, output", "'prompt'.*--input_key"]),
     "null": ({}, GOOD + GOOD.replace('"red"', "null"), [r"rows\.jsonl:2", "neither text"]),
     "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
     "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "nothing to train within max_len"]),
