@@ -380,7 +380,8 @@ def load_examples(names, probs, split, tokenizer, args):
     if args.max_len > limit:
         advice = f"use --max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
-    tables = [encode_table(name.strip(), split, tokenizer, config.vocab_size, args) for name in names.split(",")]
+    names = [name.strip() for name in names.split(",")]
+    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
     if probs:
         n = sum(len(table) for table in tables)
         sizes = [round(float(share) * n) for share in probs.split(",")]
@@ -503,34 +504,24 @@ class LogProbs(torch.nn.Module):
         if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
             deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
 
-    def hidden(self, pack):
-        """The hidden states that predict the pack's trained tokens, [N, H]."""
-        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
-        return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
-
-    def logits(self, weight, bias, hidden):
-        """hidden [C, H] -> fp32 logits [C, V], with what some models apply behind the head."""
-        logits = F.linear(hidden * self.scale, weight, bias).float()
+    def chunk_logps(self, weight, bias, hidden, targets):
+        """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap what comes out of the head."""
+        logits = F.linear(hidden * self.scale, weight, bias).float()  # [C, V]
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return -F.cross_entropy(logits, targets, reduction="none")
 
-    def chunk_logps(self, weight, bias, hidden, targets):
-        return -F.cross_entropy(self.logits(weight, bias, hidden), targets, reduction="none")
-
-    def in_chunks(self, function, *tensors):
-        """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
+    def forward(self, pack):
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
+        hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         budget = 2**26  # bytes of a chunk's logits
         if weight.is_cuda:
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
         rows = max(16, budget // (4 * weight.shape[0]))
-        chunks = zip(*[tensor.split(rows) for tensor in tensors])
-        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        chunks = zip(hidden.split(rows), pack["targets"].split(rows))
+        parts = [checkpoint(self.chunk_logps, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
-
-    def forward(self, pack):
-        return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
 def sft_step(engine, examples, args, train=True):
@@ -731,7 +722,7 @@ def checkpoints(args):
 
 
 def publish(args):
-    """Puts a finished model, <save_path>.partial, into place, where what is no model file (a log) survives."""
+    """Moves a finished model, <save_path>.partial, into place; what is no model file there survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
     if not (partial / "args.json").exists():
         return
