@@ -19,7 +19,6 @@ Commands:
     python sft.py --pretrain runs/toy/toy/policy_init --dataset runs/toy/toy/sft.jsonl --no-bf16 --max_len 160
 """
 
-import collections
 import datetime
 import hashlib
 import itertools
@@ -198,8 +197,6 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
-        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
@@ -362,10 +359,9 @@ def encode_table(name, split, tokenizer, vocab_size, args):
         fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
     )
     usable = table.data["length"].to_numpy() > 0
-    dropped = table[np.flatnonzero(~usable)]
-    first = dict(zip(reversed(dropped["reason"]), reversed(dropped["where"])))  # of each reason
-    for reason, count in collections.Counter(dropped["reason"]).most_common():
-        note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
+    dropped = table.select(np.flatnonzero(~usable)).to_pandas()
+    for reason, rows in dropped.groupby("reason"):
+        note(f"dropped {len(rows):,} of {n:,} rows: {reason}; the first: {rows['where'].iloc[0]}")
     n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
     if n_faulty > args.max_drop_ratio * n or not usable.any():
         cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
@@ -400,10 +396,7 @@ def fetch(table, indices):
 
 
 def split_step(lengths, args, n_responses=1):
-    """Deals examples over passes and ranks, the longest first. Returns this rank's passes: (indices, weight).
-
-    A pass is a collective, so all ranks have as many: where examples are too few, one of weight 0 stands in.
-    """
+    """Deals examples over passes and ranks, the longest first. Returns this rank's passes: (indices, weight)."""
     most = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
@@ -413,6 +406,7 @@ def split_step(lengths, args, n_responses=1):
         fullest = order[::n]  # the longest of each round
         if sizes[fullest].sum() <= most or len(fullest) == 1:
             mine = [order[i::n] for i in range(rank, n, world_size)]
+            # A pass is a collective, so all ranks have as many: where examples are too few, one stands in.
             return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
 
 
@@ -425,10 +419,7 @@ def to_device(array, device):
 
 
 def pack_rows(examples, device):
-    """Lays examples end to end in one row of T tokens, without padding.
-
-    positions [N]: the hidden states that predict the N trained tokens; targets [N]: those tokens.
-    """
+    """Lays examples end to end in one row of T tokens, without padding; N of them are trained."""
     lengths = [len(example["input_ids"]) for example in examples]
     input_ids = np.concatenate([example["input_ids"] for example in examples])
     trained = np.flatnonzero(np.concatenate([example["trained"] for example in examples]))
@@ -437,8 +428,8 @@ def pack_rows(examples, device):
         "input_ids": to_device(input_ids[None], device),  # [1, T]
         "position_ids": to_device(np.concatenate([np.arange(n) for n in lengths])[None], device),  # [1, T]
         "segments": {"keys": None, "n_q": lengths, "n_k": lengths, "cu_q": cu, "cu_k": cu},
-        "positions": to_device(trained - 1, device),
-        "targets": to_device(input_ids[trained], device),
+        "positions": to_device(trained - 1, device),  # [N]: of the hidden states that predict the targets
+        "targets": to_device(input_ids[trained], device),  # [N]
     }
 
 
@@ -449,13 +440,12 @@ def attend(query, key, value, scaling, window, softcap):
     positions are seen, the own one included; softcap: of the scores.
     """
     n_q, n_k = query.shape[2], key.shape[2]
-    mask = None
-    if n_q < n_k or window or softcap:
-        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
-    if window:
-        mask = mask.triu(n_k - n_q - window + 1)
+    options = {"scale": scaling, "enable_gqa": True}
+    if n_q == n_k and not window and not softcap:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+    mask = mask.triu(n_k - n_q - (window or n_k) + 1)
     if not softcap:
-        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -505,7 +495,7 @@ class LogProbs(torch.nn.Module):
             deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
 
     def chunk_logps(self, weight, bias, hidden, targets):
-        """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap what comes out of the head."""
+        """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap their logits."""
         logits = F.linear(hidden * self.scale, weight, bias).float()  # [C, V]
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -594,22 +584,21 @@ def connect(device, args):
 def deepspeed_config(path, args):
     """Gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
     hidden_size = transformers.AutoConfig.from_pretrained(path).get_text_config().hidden_size
-    zero = {
-        "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
-        "reduce_bucket_size": 50_000_000,
-        "overlap_comm": torch.cuda.is_available(),
-        "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
-        "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
-        "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
-    }
     return {
         "train_micro_batch_size_per_gpu": 1,  # in name: the step says which backward pass is its last
         "gradient_clipping": args.max_norm,
         "bf16": {"enabled": args.bf16},
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
         "communication_data_type": "fp32",
-        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
+        "zero_optimization": {
+            "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
+            "reduce_bucket_size": 50_000_000,
+            "overlap_comm": torch.cuda.is_available(),
+            "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
+            "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
+            "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
+        },
     }
 
 
@@ -853,8 +842,6 @@ def main(args):
     lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
-    if len(examples) < args.train_batch_size:
-        note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
     connect(device, args)
     state = [open_run(args, identity) if rank == 0 else None]
@@ -872,7 +859,7 @@ def main(args):
     def take_step(examples, indices, train=True):
         return sft_step(engine, fetch(examples, indices), args, train)
 
-    shown = fetch(examples, [0])[0]
+    shown = examples[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)
     # --- end algorithm
     if start_step:
@@ -881,7 +868,7 @@ def main(args):
     precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
     note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
-    note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
+    note(f"batch  {min(args.train_batch_size, len(examples))} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
 
     def evaluate():
@@ -922,10 +909,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__, use_underscores=True))
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"out of GPU memory: lower --micro_train_batch_size, add --gradient_checkpointing. {e}")
+    main(tyro.cli(Args, description=__doc__, use_underscores=True))
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     dist.destroy_process_group()

@@ -672,7 +672,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
     "template rewrites an answer": (FORGETS | {"multiturn": True}, chat_row(*THINKING), ["rewrites earlier turns"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT[:2]), ["chat template|chat_template"]),
-    "no template for text": (CHAT_FLAG | {"pretrain": "plain"}, GOOD, ["--tokenizer_chat_template"]),
+    "no template for text": (CHAT_FLAG | {"pretrain": "plain"}, GOOD, ["chat template|chat_template"]),
     # --- models and outputs
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder nor"]),
     "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
