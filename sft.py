@@ -134,10 +134,6 @@ class Args:
 FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split
     eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
     local_rank""".split()
-# These and the text of this script above the packing decide how a row is encoded: a new flag that
-# encode_row reads goes here, or rows encoded with its old value are found again.
-DATA_FLAGS = """max_samples max_len input_key output_key input_template apply_chat_template multiturn
-    pretrain_mode""".split()
 FEATURES = Features(  # the columns of an encoded row
     input_ids=List(Value("int32")),
     trained=List(Value("bool")),  # is the token part of the loss?
@@ -344,11 +340,12 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     n = min(len(rows), args.max_samples)
     if n < 1:
         die(f"dataset {name!r} has no rows")
-    # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
+    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    flags = sorted({flag for flag in vars(args) if f"args.{flag}" in code} - {"pretrain", *FREE_FLAGS})
     decides = [name, split, stamp(name), getattr(rows, "_fingerprint", None), vocab_size, code]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    decides += [getattr(args, flag) for flag in DATA_FLAGS]
+    decides += [getattr(args, flag) for flag in flags]
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     table = datasets.Dataset.from_generator(
         lambda spans: encode_rows(spans, rows, name, tokenizer, vocab_size, args),
@@ -360,8 +357,8 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     )
     usable = table.data["length"].to_numpy() > 0
     dropped = table.select(np.flatnonzero(~usable)).to_pandas()
-    for reason, rows in dropped.groupby("reason"):
-        note(f"dropped {len(rows):,} of {n:,} rows: {reason}; the first: {rows['where'].iloc[0]}")
+    for reason, group in dropped.groupby("reason"):
+        note(f"dropped {len(group):,} of {n:,} rows: {reason}; the first: {group['where'].iloc[0]}")
     n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
     if n_faulty > args.max_drop_ratio * n or not usable.any():
         cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
@@ -396,7 +393,7 @@ def fetch(table, indices):
 
 
 def split_step(lengths, args, n_responses=1):
-    """Deals examples over passes and ranks, the longest first. Returns this rank's passes: (indices, weight)."""
+    """Deals examples over passes and ranks, longest first. Returns this rank's passes: (indices, weight)."""
     most = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
