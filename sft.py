@@ -420,28 +420,26 @@ def pack_rows(examples, device):
     lengths = [len(example["input_ids"]) for example in examples]
     input_ids = np.concatenate([example["input_ids"] for example in examples])
     trained = np.flatnonzero(np.concatenate([example["trained"] for example in examples]))
-    cu = to_device(np.cumsum([0, *lengths], dtype=np.int32), device)
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
     return {
         "input_ids": to_device(input_ids[None], device),  # [1, T]
         "position_ids": to_device(np.concatenate([np.arange(n) for n in lengths])[None], device),  # [1, T]
-        "segments": {"keys": None, "n_q": lengths, "n_k": lengths, "cu_q": cu, "cu_k": cu},
+        "segments": {"lengths": lengths, "bounds": to_device(bounds, device)},
         "positions": to_device(trained - 1, device),  # [N]: of the hidden states that predict the targets
         "targets": to_device(input_ids[trained], device),  # [N]
     }
 
 
 def attend(query, key, value, scaling, window, softcap):
-    """Causal attention of one segment, whose queries are the last n_q of n_k positions.
+    """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim].
 
-    query [1, heads, n_q, dim], key and value [1, kv_heads, n_k, dim] -> [1, heads, n_q, dim]. window: so many
-    positions are seen, the own one included; softcap: of the scores.
+    window: so many positions are seen, the own one included; softcap: of the scores.
     """
-    n_q, n_k = query.shape[2], key.shape[2]
     options = {"scale": scaling, "enable_gqa": True}
-    if n_q == n_k and not window and not softcap:
+    if not window and not softcap:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
-    mask = mask.triu(n_k - n_q - (window or n_k) + 1)
+    n = query.shape[2]
+    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - (window or n))
     if not softcap:
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
@@ -451,26 +449,23 @@ def attend(query, key, value, scaling, window, softcap):
 
 
 def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **options):
-    """Attention within the segments of a pack, for any Hugging Face model: attn_implementation "packed".
+    """Attention within each example of a pack, for any Hugging Face model: attn_implementation "packed".
 
-    query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None). A
-    segment's n_q queries see n_k keys; segments["keys"] lists these where they are not the segment's own.
+    query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None)
     """
     window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
     harmless = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
     if unknown or attention_mask is not None:
         die(f"{type(module).__name__} is not supported: its attention needs {unknown or 'a mask'}")
-    if segments["keys"] is not None:
-        key, value = key.index_select(2, segments["keys"]), value.index_select(2, segments["keys"])
-    n_q, n_k, size = segments["n_q"], segments["n_k"], query.shape[3]
+    lengths, bounds, size = segments["lengths"], segments["bounds"], query.shape[3]
     if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
         options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}
-        out = varlen.varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
+        out = varlen.varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), **options)
         return out[None, :, :, : value.shape[3]], None
-    parts = zip(query.split(n_q, 2), key.split(n_k, 2), value.split(n_k, 2))
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
     return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
 
 

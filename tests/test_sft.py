@@ -189,8 +189,7 @@ def test_a_pack_by_hand():
     pack = sft.pack_rows([first, example_of([40, 50, 51])], "cpu")
     assert pack["input_ids"].tolist() == [[10, 11, 12, 13, 40, 50, 51]]
     assert pack["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
-    assert pack["segments"]["n_q"] == pack["segments"]["n_k"] == [4, 3]
-    assert pack["segments"]["cu_q"].tolist() == [0, 4, 7]
+    assert pack["segments"]["lengths"] == [4, 3] and pack["segments"]["bounds"].tolist() == [0, 4, 7]
     assert pack["positions"].tolist() == [1, 2, 4, 5] and pack["targets"].tolist() == [12, 13, 50, 51]
 
 
