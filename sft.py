@@ -206,7 +206,7 @@ def as_messages(value, role):
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        turn = {keys.get(key, key): text for key, text in turn.items() if text is not None}  # Arrow's filling
+        turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
         if not isinstance(turn.get("content"), str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
@@ -214,14 +214,10 @@ def as_messages(value, role):
 
 
 def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
-    """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
-
-    Plain text is a chat whose template just joins the parts. Rows of batch_infer.py have a finish_reason;
-    their prompt holds template and BOS already. A token is trained if it ends in a trained span.
-    """
-    sampled = finish_reason is not None
+    """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages."""
+    sampled = finish_reason is not None  # by batch_infer.py, whose prompt holds template and BOS already
     listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
-    plain = not listed and (sampled or not args.apply_chat_template)
+    plain = not listed and (sampled or not args.apply_chat_template)  # its template just joins the parts
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
@@ -254,7 +250,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         # Templates of reasoning models drop the thoughts of earlier turns.
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
-        trained |= (ends > len(asked)) & (ends <= len(answered))
+        trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
     return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
 
 
@@ -330,8 +326,8 @@ def stamp(name):
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
         files = [file for file in path.iterdir() if file.name.endswith(kinds)]
-    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
-    return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    files = sorted(file for file in files if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def encode_table(name, split, tokenizer, vocab_size, args):
@@ -431,15 +427,14 @@ def pack_rows(examples, device):
 
 
 def attend(query, key, value, scaling, window, softcap):
-    """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim].
-
-    window: so many positions are seen, the own one included; softcap: of the scores.
-    """
+    """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim]."""
     options = {"scale": scaling, "enable_gqa": True}
     if not window and not softcap:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     n = query.shape[2]
-    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - (window or n))
+    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+    if window:
+        mask = mask.triu(1 - window)  # so many positions are seen, the own one included
     if not softcap:
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
@@ -449,10 +444,7 @@ def attend(query, key, value, scaling, window, softcap):
 
 
 def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **options):
-    """Attention within each example of a pack, for any Hugging Face model: attn_implementation "packed".
-
-    query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None)
-    """
+    """Attention within each example of a pack: query [1, heads, T, dim] -> ([1, T, heads, dim], None)."""
     window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
     harmless = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
@@ -470,11 +462,7 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
 
 
 class LogProbs(torch.nn.Module):
-    """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
-
-    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
-    again in the backward pass: nothing of size tokens x vocabulary exists.
-    """
+    """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack."""
 
     def __init__(self, model):
         super().__init__()
@@ -501,18 +489,15 @@ class LogProbs(torch.nn.Module):
         if weight.is_cuda:
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
         rows = max(16, budget // (4 * weight.shape[0]))
+        # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
         chunks = zip(hidden.split(rows), pack["targets"].split(rows))
         parts = [checkpoint(self.chunk_logps, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
 
 
 def sft_step(engine, examples, args, train=True):
-    """Forward and backward over the examples of one optimiser step, in as many passes as it takes.
-
-    Each pass adds its share of the loss, divided by the trained tokens of the whole step on all ranks.
-    Returns metrics, the same on all ranks.
-    """
-    n_tokens = int(sum(example["n_trained"] for example in examples))
+    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics."""
+    n_tokens = int(sum(example["n_trained"] for example in examples))  # of the whole step, over all ranks
     passes = split_step([example["length"] for example in examples], args)
     engine.train(train)
     total_loss = torch.zeros((), device=engine.device)
