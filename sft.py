@@ -285,7 +285,7 @@ def encode_row(row, tokenizer, args):
         layouts = [(args.input_key, args.output_key)]
     fitting = [keys for keys in layouts if set(keys) - {None} <= set(row)]
     if not fitting:
-        raise ValueError(f"columns {', '.join(row)}, not {layouts} (--input_key, --output_key)")
+        raise ValueError(f"--input_key, --output_key: there are columns {', '.join(row)}, not {layouts}")
     prompt_key, response_key = fitting[0]
     prompt = row[prompt_key]
     response = row[response_key] if response_key else []

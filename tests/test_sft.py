@@ -662,7 +662,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "empty file": ({}, "", ["rows.jsonl", "has no rows"]),
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
     # --- columns and values
-    "missing column": ({"input_key": "prompt"}, GOOD, ["columns input, output", "'prompt'.*--input_key"]),
+    "missing column": ({"input_key": "prompt"}, GOOD, ["--input_key.* columns input, output, not .*'prompt'"]),
     "null": ({}, GOOD + GOOD.replace('"red"', "null"), [r"rows\.jsonl:2", "neither text"]),
     "empty response": ({}, '{"input": "red", "output": " "}\n' * 3, ["3 of 3 rows", "empty response"]),
     "prompt too long": ({"max_len": 4}, GOOD + GOOD.replace("red", "red " * 9), [":2", "nothing to train within max_len"]),
