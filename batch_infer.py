@@ -508,6 +508,7 @@ def start_vllm(args):
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+        settings["block_size"] = 32  # samples share whole blocks of a prompt
         # Half a prompt in a step would end a seeded request: "CPU Generator does not use offset".
         settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}
     try:

@@ -819,6 +819,8 @@ def main(args):
     lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
+    if len(examples) < args.train_batch_size:
+        note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
     connect(device, args)
     state = [open_run(args, identity) if rank == 0 else None]
@@ -845,7 +847,7 @@ def main(args):
     precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
     note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
-    note(f"batch  {min(args.train_batch_size, len(examples))} examples per step, {total_steps} steps")
+    note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
 
     def evaluate():
@@ -886,7 +888,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"out of GPU memory: lower --micro_train_batch_size, add --gradient_checkpointing. {e}")
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
     dist.destroy_process_group()
