@@ -51,7 +51,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tqdm
 import tyro
 from torch.nn.attention import varlen  # FlashAttention
 from torch.utils.checkpoint import checkpoint
@@ -868,14 +867,12 @@ def reference_logps(table, args, device):
         engine = start_frozen(path, args, device, args.ref_offload)
         check_tree(engine, args)
         logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a pair
-        quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
         passes = split_step(table.with_format("numpy")["length"][:], args, n_responses=2)
-        for members, weight in tqdm.tqdm(passes, "reference", disable=quiet):
+        for members, weight in datasets.utils.tqdm(passes, "reference", disable=dist.get_rank() > 0):
             logps[to_device(members, device)] += weight * pair_logps(engine, fetch(table, members))
         dist.all_reduce(logps)  # those of other ranks are 0
-        for p in engine.parameters():
-            if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
         if dist.get_rank() == 0:
             partial = f"{file}.{os.urandom(4).hex()}.npy"  # another run may write the same
             np.save(partial, logps.cpu().numpy())
