@@ -7,11 +7,10 @@ With r(y) = sum_t log pi(y_t) - log ref(y_t), the loss is the mean over the rows
 --apo_zero_unpaired: w_D (1 - sigmoid(beta r)) and w_U sigmoid(beta r), without z0: Eq. 5 of arXiv:2408.06266.
 Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts and this ratio are printed.
 
-Deviations from the usual trainer:
+Deviations from the usual trainer, beside those of sft.py (exact under any split of a step, no padding):
  1. z0 is one number per optimiser step, over its whole batch on all ranks. It costs a forward pass.
  2. y' is that of the next row with another prompt, in an order that --seed fixes once.
  3. The reference's log-probs, of y' too, are computed before the policy is loaded, and kept in --cache_dir.
- 4. No padding, no logits, and nothing depends on how a step is split: as in sft.py.
 
 A data row, one of (other columns: --input_key, --output_key, --label_key; a pair counts as two rows):
     {"prompt": "2+2?", "completion": "4", "label": true}     text or messages; label: true, 1, "True", ...
@@ -50,7 +49,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tqdm
 import tyro
 from torch.nn.attention import varlen  # FlashAttention
 from torch.utils.checkpoint import checkpoint
@@ -158,6 +156,7 @@ FEATURES = Features(  # the columns of an encoded row
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
@@ -313,39 +312,29 @@ def split_response(row, prompt_key, response_key, args):
     return head + mark, answer
 
 
-def read_label(value):
-    """True or False from a row's label; nothing else is taken for one."""
-    word = str(value).lower()
-    if word not in ("true", "1", "1.0", "false", "0", "0.0"):
-        raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
-    return word in ("true", "1", "1.0")
-
-
-def labelled_columns(row, args):
-    """(prompt column or None, response column) of a row; the response column of a pair is "chosen"."""
+def encode_labelled(row, tokenizer, args):
+    """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
     prompts = ("prompt", "instruction", "input", "question")
     if {"input", "finish_reason"} <= set(row):  # other columns are the prompt before its template
         prompts = ("input",)
-    responses = ("chosen", "completion", "output", "response", "messages", "conversations")
+    responses = ("chosen", args.input_key, "completion", "output", "response", "messages", "conversations")
     prompt_key = args.input_key or next((key for key in prompts if key in row), None)
     response_key = args.output_key or next((key for key in responses if key in row), None)
-    if args.input_key and not args.output_key and "chosen" not in row:
-        prompt_key, response_key = None, args.input_key
-    if response_key not in row or prompt_key not in (None, *row):
+    if response_key not in row:
         raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
-    return prompt_key, response_key
-
-
-def encode_labelled(row, tokenizer, args):
-    """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
-    prompt_key, response_key = labelled_columns(row, args)
-    sides = [("chosen", "chosen_finish_reason", True), ("rejected", "rejected_finish_reason", False)]
+    if response_key == prompt_key:  # it holds conversations
+        prompt_key = None
+    sides = {"chosen": True, "rejected": False}
     if response_key != "chosen":
-        sides = [(response_key, "finish_reason", read_label(row.get(args.label_key)))]
+        label = str(row.get(args.label_key)).lower()
+        if label not in LABELS:
+            raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
+        sides = {response_key: LABELS[label]}
     examples = []
-    for key, finish_key, desirable in sides:
+    for key, desirable in sides.items():
         prompt, response = split_response(row, prompt_key, key, args)
-        ids, trained = encode(prompt, response, tokenizer, args, row.get(finish_key))
+        finish_reason = row.get(f"{key}_finish_reason", row.get("finish_reason"))
+        ids, trained = encode(prompt, response, tokenizer, args, finish_reason)
         example = {"input_ids": ids, "trained": trained, "desirable": desirable}
         examples.append(example | {"prompt_hash": zlib.crc32(ids[~trained].tobytes())})
     return examples
@@ -585,20 +574,14 @@ def response_logps(engine, examples):
 
 
 def choose_partners(prompts, seed):
-    """[N], for each row the next one with another prompt, in a random order that the seed fixes.
-
-    prompts [N]: a number for each row's prompt. Where all have the same, it is the next row.
-    """
+    """[N], for each row the next one with another prompt, in a random order that the seed fixes."""
     order = np.random.default_rng(seed).permutation(len(prompts))
     following = np.roll(order, -1)
-    places = np.arange(len(order))
-    changes = places[prompts[order] != prompts[following]]  # those before another prompt
-    if not len(changes):
-        changes = places
-    next_change = np.searchsorted(changes, places) % len(changes)
-    partners = np.empty_like(order)
-    partners[order] = following[changes[next_change]]
-    return partners
+    places = np.argsort(order)  # of each row in the order
+    changes = np.flatnonzero(prompts[order] != prompts[following])  # places before another prompt
+    if len(changes):  # else all prompts are the same
+        places = changes[np.searchsorted(changes, places) % len(changes)]
+    return following[places]
 
 
 def fetch_rows(table, indices, partners, args):
@@ -618,24 +601,10 @@ def fetch_rows(table, indices, partners, args):
 
 
 def kto_loss(log_ratios, desirable, kl, args):
-    """Eq. 7 of arXiv:2402.01306. log_ratios [B], summed nats; desirable [B] bool; kl: z0. Returns loss [B].
-
-    With kl = 0 it is APO-zero for unpaired rows, Eq. 5 of arXiv:2408.06266.
-    """
+    """Loss [B]; formulas: top of the file. log_ratios [B], nats; desirable [B]: bool; kl: z0, 0 for APO."""
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, args.desirable_loss_weight, args.undesirable_loss_weight)
     return weight * torch.sigmoid(-sign * args.beta * (log_ratios - kl))  # 1 - sigmoid(x) = sigmoid(-x)
-
-
-@torch.no_grad()
-def kto_z0(engine, mismatched, ref_logps, args):
-    """max(0, mean of r(y') over the mismatched examples of a step): a tensor, the same on all ranks."""
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for members, weight in split_step([len(example["input_ids"]) for example in mismatched], args):
-        logps = response_logps(engine, [mismatched[j] for j in members])
-        total += weight * (logps - to_device(ref_logps[members], engine.device)).sum()
-    dist.all_reduce(total)
-    return (total / len(mismatched)).clamp(min=0)
 
 
 def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
@@ -644,36 +613,40 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     Each pass adds its share of the loss, a mean over the rows of the whole step on all ranks. mismatched: the
     examples for z0. ref_logps [B, 2]: the reference's, of both. Returns metrics, the same on all ranks.
     """
-    n_good = int(sum(example["desirable"] for example in examples))
-    counts = {"chosen": n_good, "rejected": len(examples) - n_good}
+    desirable = np.array([example["desirable"] for example in examples])
     passes = split_step([example["length"] for example in examples], args)
     engine.train(train)
-    z0 = torch.zeros((), device=engine.device)
+    z0 = torch.zeros((), dtype=torch.float64, device=engine.device)
     if mismatched:
-        z0 = kto_z0(engine, mismatched, ref_logps[:, 1], args)
-    totals = 0
+        with torch.no_grad():
+            for members, weight in passes:
+                logps = response_logps(engine, [mismatched[j] for j in members])
+                z0 += weight * (logps - to_device(ref_logps[members, 1], engine.device)).sum()
+        dist.all_reduce(z0)
+        z0 = (z0 / len(examples)).clamp(min=0)
+    found = torch.zeros(len(examples), 4, dtype=torch.float64, device=engine.device)
     for i, (members, weight) in enumerate(passes):
-        batch = [examples[j] for j in members]
-        good = to_device(np.array([example["desirable"] for example in batch]), engine.device)
+        good = to_device(desirable[members], engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
-            logps = response_logps(engine, batch)
+            logps = response_logps(engine, [examples[j] for j in members])
             log_ratios = logps - to_device(ref_logps[members, 0], engine.device)
-            loss = kto_loss(log_ratios, good, z0, args).sum() / len(examples)
+            losses = kto_loss(log_ratios, good, z0, args)
+            loss = losses.sum() / len(examples)
         if train:
             engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        shares = {"loss": loss}
-        for kind, mask in (("chosen", good), ("rejected", ~good)):
-            if counts[kind]:  # else there is no mean
-                shares[f"rewards/{kind}"] = args.beta * (log_ratios * mask).sum() / counts[kind]
-                shares[f"logps/{kind}"] = (logps * mask).sum() / counts[kind]
-        totals = totals + weight * torch.stack([value.detach() for value in shares.values()])
-    dist.all_reduce(totals)
-    numbers = torch.cat([totals, z0[None]]).tolist()
-    metrics = dict(zip([*shares, "kl"], numbers))
-    if all(counts.values()):
+        values = torch.stack([losses, log_ratios, logps, z0.expand_as(logps)], 1).detach()
+        found[to_device(members, engine.device)] += weight * values
+    dist.all_reduce(found)  # rows of other ranks are 0
+    losses, log_ratios, logps, kl = found.cpu().numpy().T
+    metrics = {"loss": losses.mean(), "kl": kl.mean(), "desirable": desirable.mean()}
+    for kind, group in (("chosen", desirable), ("rejected", ~desirable)):
+        if group.any():  # else there is no mean
+            metrics[f"rewards/{kind}"] = args.beta * log_ratios[group].mean()
+            metrics[f"logps/{kind}"] = logps[group].mean()
+    if 0 < desirable.sum() < len(examples):
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    return metrics | {"desirable": n_good / len(examples)}
+    return metrics
 
 
 # --- model and engine
@@ -855,32 +828,20 @@ def reference_rows(table, partners, args, device):
         engine = start_frozen(path, args, device, args.ref_offload)
         check_rows(engine, args)
         logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a row
-        quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
         passes = split_step(table.with_format("numpy")["length"][:], args)
-        for members, weight in tqdm.tqdm(passes, "reference", disable=quiet):
+        for members, weight in datasets.utils.tqdm(passes, "reference", disable=dist.get_rank() > 0):
             for column, batch in enumerate(fetch_rows(table, members, partners, args)):
                 if batch:
                     logps[to_device(members, device), column] += weight * response_logps(engine, batch)
         dist.all_reduce(logps)  # those of other ranks are 0
-        for p in engine.parameters():
-            if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
         if dist.get_rank() == 0:
             partial = f"{file}.{os.urandom(4).hex()}.npy"  # another run may write the same
             np.save(partial, logps.cpu().numpy())
             os.replace(partial, file)
         dist.barrier()
     return np.load(file, mmap_mode="r")
-
-
-def count_classes(desirable, args):
-    """Prints how many rows are desirable, and the ratio of Eq. 8 of arXiv:2402.01306; stops without both."""
-    n_good = int(desirable.sum())
-    n_bad = len(desirable) - n_good
-    if not n_good or not n_bad:
-        die(f"{n_good} desirable and {n_bad} undesirable rows: KTO needs both")
-    ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
-    note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1054,10 +1015,8 @@ def main(args):
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kto (inputs)
     encoding = (encode_labelled, tokenizer, args)
-    if args.ref_pretrain:
-        reference = load_tokenizer(args.ref_pretrain, args)
-        if reference.get_vocab() != tokenizer.get_vocab():
-            note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
+    if args.ref_pretrain and load_tokenizer(args.ref_pretrain, args).get_vocab() != tokenizer.get_vocab():
+        note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
@@ -1079,7 +1038,12 @@ def main(args):
         return
 
     # --- algorithm: kto (model)
-    count_classes(columns["desirable"][:], args)
+    desirable = columns["desirable"][:]
+    n_good, n_bad = desirable.sum(), (~desirable).sum()
+    if not n_good or not n_bad:
+        die(f"{n_good} desirable and {n_bad} undesirable rows: KTO needs both")
+    ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
+    note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
     partners, references = {}, {}
     for table in filter(len, (examples, held_out)):
         partners[table] = choose_partners(table.with_format("numpy")["prompt_hash"][:], args.seed)

@@ -98,9 +98,11 @@ def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, tmp_path):
     assert max(z0s) > 1 and min(z0s) == 0
 
 
-def test_labels_are_read_strictly(tiny, tmp_path, capsys):
-    assert all(kto.read_label(value) is True for value in (True, 1, 1.0, "True", "true", "1"))
-    assert not any(kto.read_label(value) for value in (False, 0, 0.0, "False", "false", "0"))
+def test_labels_are_read_strictly(tiny, tokenizer, tmp_path, capsys):
+    labels = (True, 1, 1.0, "True", "true", "1", False, 0, 0.0, "False", "false", "0")
+    args = kto.Args(pretrain="", dataset="")
+    found = [kto.encode_labelled({**ROWS[0], "label": label}, tokenizer, args) for label in labels]
+    assert [example["desirable"] for (example,) in found] == [True] * 6 + [False] * 6
     for label, words in {"good": "bad.jsonl:2: its label", 0.9: "its label", 1: "2 desirable and 0"}.items():
         bad = [ROWS[1], {**ROWS[2], "label": label}]
         with pytest.raises(SystemExit):
