@@ -25,6 +25,7 @@ Commands:
 
 import collections
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -50,7 +51,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tqdm
 import tyro
 from torch.nn.attention import varlen  # FlashAttention
 from torch.utils.checkpoint import checkpoint
@@ -564,11 +564,11 @@ def top_and_rest(logits, ids):
 
 
 class Distill(LogProbs):
-    """Teacher or student as forward(pack); a pack of neither kind, as in check_attention, gives log-probs.
+    """Teacher or student as forward(pack); a pack without "teacher", as in check_attention, gives log-probs.
 
-    teacher: a pack without targets -> hidden states [N, H], or with --teacher_topk rows [N, 2k + 1] of the
-    table: log-probs of the k likeliest tokens and of all others together, then the k ids.
-    student: a pack with that as pack["teacher"] -> cross-entropy and divergence at each trained token [N, 2].
+    pack["teacher"] None: the teacher's hidden states [N, H], or with --teacher_topk its rows [N, 2k + 1]: the
+    log-probs of k tokens and of all others together, then their ids. pack["teacher"] one of these: the
+    student's cross-entropy and divergence at each trained token [N, 2].
     """
 
     def __init__(self, model, vocab_size, args, teacher=None):
@@ -588,7 +588,7 @@ class Distill(LogProbs):
 
     def chunk_topk(self, weight, bias, hidden):
         logits = self.real(self.logits(weight, bias, hidden))
-        ids = logits.topk(min(self.args.teacher_topk, self.vocab_size), 1).indices
+        ids = logits.topk(self.args.teacher_topk, 1).indices
         return torch.cat([top_and_rest(logits, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
 
     def chunk_distill(self, weight, bias, hidden, targets, teacher):
@@ -597,8 +597,7 @@ class Distill(LogProbs):
         ce = F.cross_entropy(logits, targets, reduction="none")
         logits = self.real(logits)
         if self.args.teacher_topk:
-            k = teacher.shape[1] // 2
-            log_p, ids = teacher.split([k + 1, k], 1)
+            log_p, ids = teacher.tensor_split([self.args.teacher_topk + 1], 1)
             log_q = top_and_rest(logits, ids.long())
         else:
             log_p = self.real(self.teacher_logits(*self.teacher_head, teacher)).log_softmax(1)
@@ -607,11 +606,11 @@ class Distill(LogProbs):
         return torch.stack([ce, kd], 1)
 
     def forward(self, pack):
-        if "teacher" in pack:
-            return self.in_chunks(self.chunk_distill, self.hidden(pack), pack["targets"], pack["teacher"])
-        if pack["targets"] is not None:
+        if "teacher" not in pack:
             return super().forward(pack)
         hidden = self.hidden(pack)
+        if pack["teacher"] is not None:
+            return self.in_chunks(self.chunk_distill, hidden, pack["targets"], pack["teacher"])
         return self.in_chunks(self.chunk_topk, hidden) if self.args.teacher_topk else hidden
 
 
@@ -624,38 +623,32 @@ def divergence(log_p, log_q, kind):
     def kl(log_a, log_b):
         return torch.linalg.vecdot(log_a.exp(), log_a - log_b)
 
-    def mix(share):
-        """share p + (1 - share) q"""
-        return torch.logaddexp(log_p + math.log(share), log_q + math.log(1 - share))
-
     if kind == "forward_kl":
         return kl(log_p, log_q)
     if kind == "reverse_kl":
         return kl(log_q, log_p)
     if kind == "jsd":
-        middle = mix(0.5)
+        middle = torch.logaddexp(log_p, log_q) - math.log(2)
         return (kl(log_p, middle) + kl(log_q, middle)) / 2
-    return kl(log_p, mix(0.1))  # skew
+    return kl(log_p, torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9)))  # skew
 
 
-def kd_step(engine, teacher, examples, args, train=True):
+def kd_step(engine, teacher, rows, examples, args, train=True):
     """Forward and backward over the examples of one optimiser step, in as many passes as it takes.
 
     Each pass adds its share of the loss, divided by the trained tokens of the whole step over all ranks.
-    teacher: None where each example has "teacher", its rows of the top-k table. Returns metrics, the same on
-    all ranks.
+    rows: what teacher_topk gives for these examples, else None. Returns metrics, the same on all ranks.
     """
     n_tokens = int(sum(example["n_trained"] for example in examples))
     passes = split_step([example["length"] for example in examples], args)
     engine.train(train)
     totals = torch.zeros(3, device=engine.device)
     for i, (members, weight) in enumerate(passes):
-        batch = [examples[j] for j in members]
-        pack = pack_rows(batch, engine.device)
-        if teacher is None:
-            pack["teacher"] = to_device(np.concatenate([x["teacher"] for x in batch]), engine.device)
+        pack = pack_rows([examples[j] for j in members], engine.device)
+        if rows:
+            pack["teacher"] = to_device(np.concatenate([rows[j] for j in members]), engine.device)
         else:
-            pack["teacher"] = teacher(pack | {"targets": None})
+            pack["teacher"] = teacher(pack | {"teacher": None})
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             ce_loss, kd_loss = weight * engine(pack).sum(0) / n_tokens
@@ -664,8 +657,8 @@ def kd_step(engine, teacher, examples, args, train=True):
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
         totals += torch.stack([loss, ce_loss, kd_loss]).detach()
     dist.all_reduce(totals)
-    names = ("loss", "ce_loss", "kd_loss")
-    return {**dict(zip(names, totals.tolist())), "trained_tokens": n_tokens}
+    loss, ce_loss, kd_loss = totals.tolist()
+    return {"loss": loss, "ce_loss": ce_loss, "kd_loss": kd_loss, "trained_tokens": n_tokens}
 
 
 # --- model and engine
@@ -831,20 +824,9 @@ def check_rows(engine, args):
     check_attention(engine, pack_rows(two, engine.device), alone, args)
 
 
-def start_teacher(vocab_size, args, device):
-    """The teacher's engine, frozen and checked."""
-    options = (args.teacher_model, args, device, args.teacher_offload)
-    engine = start_frozen(*options, lambda model: Distill(model, vocab_size, args))
-    check_rows(engine, args)
-    return engine
-
-
-def teacher_topk(table, vocab_size, args, device):
-    """(rows [tokens, 2k + 1] of --teacher_topk, see Distill; for each example of the table where its end).
-
-    They are computed once, a step's worth of examples at a time, and kept in --cache_dir.
-    """
-    path, width = args.teacher_model, 2 * min(args.teacher_topk, vocab_size) + 1
+def teacher_topk(table, wrapper, args, device):
+    """The rows of --teacher_topk (see Distill) of each example: computed once and kept in --cache_dir."""
+    path, width = args.teacher_model, 2 * args.teacher_topk + 1
     code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # all that computes the rows
     decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
@@ -852,29 +834,29 @@ def teacher_topk(table, vocab_size, args, device):
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
-        engine = start_teacher(vocab_size, args, device)
+        engine = start_frozen(path, args, device, args.teacher_offload, wrapper)
+        check_rows(engine, args)
         partial = f"{file}.{os.urandom(4).hex()}"  # another run may write the same
-        quiet = True if dist.get_rank() else None  # None: shown where stderr is a terminal
-        for first in tqdm.trange(0, len(table), args.train_batch_size, desc="teacher", disable=quiet):
-            batch = fetch(table, range(first, min(first + args.train_batch_size, len(table))))
+        blocks = np.array_split(np.arange(len(table)), math.ceil(len(table) / args.train_batch_size))
+        for block in datasets.utils.tqdm(blocks, "teacher", disable=dist.get_rank() > 0):
+            batch = fetch(table, block)
             owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
             rows = torch.zeros(len(owner), width, device=device)
             for members, weight in split_step([example["length"] for example in batch], args):
-                values = engine(pack_rows([batch[j] for j in members], device) | {"targets": None})
+                values = engine(pack_rows([batch[j] for j in members], device) | {"teacher": None})
                 places = np.concatenate([np.flatnonzero(owner == j) for j in members])
                 rows[to_device(places, device)] += weight * values
             dist.all_reduce(rows)  # those of other ranks are 0
             if dist.get_rank() == 0:
                 with open(partial, "ab") as output:
                     rows.cpu().numpy().tofile(output)
-        for p in engine.parameters():
-            if hasattr(p, "ds_tensor"):  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-                p.ds_tensor.data = p.ds_tensor.data.new_empty(0)
+        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
         if dist.get_rank() == 0:
             os.replace(partial, file)
         dist.barrier()
-    ends = np.cumsum(table.with_format("numpy")["n_trained"][:])
-    return np.memmap(file, np.float32, "r").reshape(-1, width), ends
+    rows = np.asarray(np.memmap(file, np.float32, "r")).reshape(-1, width)  # on disk until they are read
+    return np.split(rows, np.cumsum(table.with_format("numpy")["n_trained"][:])[:-1])
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -1049,6 +1031,7 @@ def main(args):
     # --- algorithm: kd (inputs)
     if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
         die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
+    args.teacher_topk = min(args.teacher_topk, len(tokenizer))
     encoding = (encode_example, tokenizer, args)
     # --- end algorithm
     identity = identify(args)
@@ -1071,23 +1054,20 @@ def main(args):
         return
 
     # --- algorithm: kd (model)
-    vocab_size = len(tokenizer)
+    wrapper = functools.partial(Distill, vocab_size=len(tokenizer), args=args)
     teacher, topk = None, {}
     if args.teacher_topk:
         for table in filter(len, (examples, held_out)):
-            topk[table] = teacher_topk(table, vocab_size, args, device)
+            topk[table] = teacher_topk(table, wrapper, args, device)
     else:
-        teacher = start_teacher(vocab_size, args, device)
-    engine = start_engine(args, total_steps, lambda model: Distill(model, vocab_size, args, teacher))
+        teacher = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
+        check_rows(teacher, args)
+    engine = start_engine(args, total_steps, functools.partial(wrapper, teacher=teacher))
     check_rows(engine, args)
 
     def take_step(table, indices, train=True):
-        batch = fetch(table, indices)
-        if args.teacher_topk:
-            rows, ends = topk[table]
-            for example, end in zip(batch, ends[indices]):
-                example["teacher"] = rows[end - example["n_trained"] : end]
-        return kd_step(engine, teacher, batch, args, train)
+        rows = [topk[table][i] for i in indices] if args.teacher_topk else None
+        return kd_step(engine, teacher, rows, fetch(table, indices), args, train)
 
     shown = fetch(examples, [0])[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)

@@ -128,18 +128,20 @@ def make_table(script):
 
 def run_step(script, name, args, table):
     """A step of the trainer: the host may wait for the GPU once, for the metrics."""
-    wrapper, teacher = script.LogProbs, None
+    wrapper, teacher, rows = script.LogProbs, None, None
     if name == "kd":
+        wrapper = functools.partial(script.Distill, vocab_size=90, args=args)
         with fake, Watch():
-            teacher = None if args.teacher_topk else script.start_teacher(90, args, GPU)
-        wrapper = functools.partial(script.Distill, teacher=teacher, vocab_size=90, args=args)
+            teacher = script.start_frozen(args.teacher_model, args, GPU, False, wrapper)
+            script.check_rows(teacher, args)
+        wrapper = functools.partial(wrapper, teacher=teacher)
     engine = script.start_engine(args, 3, wrapper)
     examples = script.fetch(table, range(2))
-    for example in examples:
-        example["teacher"] = np.zeros((example["n_trained"], 11), np.float32)
+    if name == "kd" and args.teacher_topk:
+        rows = [np.zeros((example["n_trained"], 11), np.float32) for example in examples]
     ref_logps = np.zeros((2, 2))
     inputs = {"sft": [examples], "dpo": [examples, ref_logps], "kto": [examples, examples, ref_logps]}
-    inputs["kd"] = [teacher, examples]
+    inputs["kd"] = [teacher, rows, examples]
     with fake, Watch() as watch:
         getattr(script, f"{name}_step")(engine, *inputs[name], args)
     assert all(p.grad is not None for p in engine.parameters() if p.requires_grad)
@@ -150,7 +152,8 @@ def run_frozen(script, name, args, table):
     """The pass of a frozen model: the host may wait where it is moved and checked, and for the values."""
     with fake, Watch() as watch:
         if name == "kd":
-            script.teacher_topk(table, 90, args, GPU)
+            wrapper = functools.partial(script.Distill, vocab_size=90, args=args)
+            script.teacher_topk(table, wrapper, args, GPU)
         elif name == "kto":
             script.reference_rows(table, np.array([1, 0]), args, GPU)
         else:
