@@ -322,7 +322,7 @@ def split_response(row, prompt_key, response_key, args):
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
-    if prompt is not None:
+    if prompt is not None and prompt_key != response_key:
         if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
             prompt = f"{prompt}\n\n{row['input']}"
         return prompt, response
@@ -607,9 +607,6 @@ def pair_logps(engine, examples):
     return torch.stack([part.sum() for part in per_token_logps.split(sizes)]).view(-1, 2)
 
 
-# --- the loss and the step
-
-
 LOSSES = {  # what a loss takes; a new one is a line here and its formula in pair_loss
     "sigmoid": ("reference", "smoothing"),
     "robust": ("reference", "smoothing"),
@@ -858,7 +855,7 @@ def reference_logps(table, args, device):
     if "reference" not in LOSSES[args.loss_type]:
         return np.zeros((len(table), 2))
     path = args.ref_pretrain or args.pretrain
-    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # what computes log-probs
+    code = Path(__file__).read_text().partition("\nLOSSES = ")[0]  # what computes log-probs
     decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16])
     file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
     found = [file.exists()]
