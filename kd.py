@@ -13,8 +13,7 @@ token's KL(q || p) is descended exactly; MiniLLM (arXiv:2306.08543) adds the cre
 Deviations from the usual trainer: those of sft.py (exact under any split of a step, no padding), and
  1. The heads of student and teacher run over the same chunks: no [tokens, vocabulary] of either exists.
  2. KD is over the tokenizer's vocabulary; CE is over the student's, padding included, as in sft.py.
- 3. --teacher_topk K: one pass of the teacher keeps its K likeliest tokens on disk, all others count as one
-    more outcome; training, and later runs, then need no teacher in memory.
+ 3. --teacher_topk K: its K likeliest tokens, and all others as one, are kept on disk, and serve in its place.
 
 A data row: as for sft.py, {"input": "Q: 2+2?\\nA:", "output": " 4"} or {"messages": [...]}
 
@@ -614,9 +613,6 @@ class Distill(LogProbs):
         return self.in_chunks(self.chunk_topk, hidden) if self.args.teacher_topk else hidden
 
 
-# --- the loss and the step
-
-
 def divergence(log_p, log_q, kind):
     """[C] in nats, of log-probs [C, V] of teacher (p) and student (q); sources: top of the file."""
 
@@ -630,7 +626,8 @@ def divergence(log_p, log_q, kind):
     if kind == "jsd":
         middle = torch.logaddexp(log_p, log_q) - math.log(2)
         return (kl(log_p, middle) + kl(log_q, middle)) / 2
-    return kl(log_p, torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9)))  # skew
+    skewed = torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9))
+    return kl(log_p, skewed)
 
 
 def kd_step(engine, teacher, rows, examples, args, train=True):
@@ -826,11 +823,11 @@ def check_rows(engine, args):
 
 def teacher_topk(table, wrapper, args, device):
     """The rows of --teacher_topk (see Distill) of each example: computed once and kept in --cache_dir."""
-    path, width = args.teacher_model, 2 * args.teacher_topk + 1
-    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # all that computes the rows
-    decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    file = Path(args.cache_dir, f"topk-{key}")
+    path = args.teacher_model
+    width = 2 * args.teacher_topk + 1
+    code = Path(__file__).read_text().partition("\ndef divergence")[0]  # all that computes the rows
+    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature])
+    file = Path(args.cache_dir, f"topk-{hashlib.sha256(decides.encode()).hexdigest()[:32]}")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
