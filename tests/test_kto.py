@@ -103,7 +103,7 @@ def test_labels_are_read_strictly(tiny, tokenizer, tmp_path, capsys):
     args = kto.Args(pretrain="", dataset="")
     found = [kto.encode_labelled({**ROWS[0], "label": label}, tokenizer, args) for label in labels]
     assert [example["desirable"] for (example,) in found] == [True] * 6 + [False] * 6
-    for label, words in {"good": "bad.jsonl:2: its label", 0.9: "its label", 1: "2 desirable and 0"}.items():
+    for label, words in {"good": "bad.jsonl:2: its label", 0.9: "its label", 1: "KTO needs both"}.items():
         bad = [ROWS[1], {**ROWS[2], "label": label}]
         with pytest.raises(SystemExit):
             run(pretrain=tiny, dataset=write_rows(tmp_path / "bad.jsonl", bad), save_path=str(tmp_path / "x"))
