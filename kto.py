@@ -320,7 +320,7 @@ def encode_labelled(row, tokenizer, args):
     responses = ("chosen", args.input_key, "completion", "output", "response", "messages", "conversations")
     prompt_key = args.input_key or next((key for key in prompts if key in row), None)
     response_key = args.output_key or next((key for key in responses if key in row), None)
-    if response_key not in row:
+    if response_key not in row or prompt_key not in (None, *row):
         raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
     sides = {"chosen": True, "rejected": False}
     if response_key != "chosen":
@@ -591,7 +591,8 @@ def fetch_rows(table, indices, partners, args):
             prompt = example["input_ids"][~example["trained"]]
             response = partner["input_ids"][partner["trained"]]
             ids = np.append(prompt, response)[: args.max_len]
-            mismatched.append({"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt)})
+            trained = np.arange(len(ids)) >= len(prompt)
+            mismatched.append({"input_ids": ids, "trained": trained})
     return examples, mismatched
 
 
