@@ -263,8 +263,6 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
-        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
@@ -274,15 +272,14 @@ def as_messages(value, role):
         return [{"role": role, "content": str(value)}]
     if not isinstance(value, list):
         raise ValueError(f"neither text nor messages but {type(value).__name__}")
+    keys = {"from": "role", "value": "content"}  # ShareGPT's
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        turn = {key: value for key, value in turn.items() if value is not None}  # Arrow fills in None
-        speaker = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or not isinstance(content, str):
+        turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
+        if not isinstance(turn.get("content"), str):
             raise ValueError("a message needs role and content, both text")
-        messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
+        messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
     return messages
 
 
@@ -765,8 +762,8 @@ def stamp(name):
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
         files = [file for file in path.iterdir() if file.name.endswith(kinds)]
-    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
-    return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    files = sorted(file for file in files if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def open_stage(args):

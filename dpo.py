@@ -24,7 +24,6 @@ Commands:
     deepspeed --num_gpus 8 dpo.py --pretrain MODEL --dataset pairs.jsonl --zero_stage 3 --packing_samples
 """
 
-import collections
 import datetime
 import hashlib
 import itertools
@@ -164,10 +163,6 @@ class Args:
 FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split
     eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
     local_rank""".split()
-# These and the text of this script above the packing decide how a row is encoded: a new flag that
-# encode_pair reads goes here, or rows encoded with its old value are found again.
-DATA_FLAGS = """max_samples max_len prompt_key chosen_key rejected_key input_template
-    apply_chat_template""".split()
 FEATURES = Features(  # the columns of an encoded row
     input_ids=List(Value("int32")),  # prompt, chosen, rejected
     ends=List(Value("int32")),  # where each of the three ends
@@ -229,8 +224,6 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
-        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
@@ -240,27 +233,22 @@ def as_messages(value, role):
         return [{"role": role, "content": str(value)}]
     if not isinstance(value, list):
         raise ValueError(f"neither text nor messages but {type(value).__name__}")
+    keys = {"from": "role", "value": "content"}  # ShareGPT's
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        turn = {key: value for key, value in turn.items() if value is not None}  # Arrow fills in None
-        speaker = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or not isinstance(content, str):
+        turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
+        if not isinstance(turn.get("content"), str):
             raise ValueError("a message needs role and content, both text")
-        messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
+        messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
     return messages
 
 
 def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
-    """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
-
-    Plain text is a chat whose template just joins the parts. Rows of batch_infer.py have a finish_reason;
-    their prompt holds template and BOS already. A token is trained if it ends in a trained span.
-    """
-    sampled = finish_reason is not None
+    """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages."""
+    sampled = finish_reason is not None  # by batch_infer.py, whose prompt holds template and BOS already
     listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
-    plain = not listed and (sampled or not args.apply_chat_template)
+    plain = not listed and (sampled or not args.apply_chat_template)  # its template just joins the parts
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
@@ -293,7 +281,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         # Templates of reasoning models drop the thoughts of earlier turns.
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
-        trained |= (ends > len(asked)) & (ends <= len(answered))
+        trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
     return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
 
 
@@ -333,7 +321,7 @@ def split_response(row, prompt_key, response_key, args):
     return head + mark, answer
 
 
-def encode_pair(row, tokenizer, args):
+def encode_row(row, tokenizer, args):
     """The examples of a row, just one here: a pair whose prompt is stored once."""
     known = ("prompt", "question", "instruction", "input")
     prompt_key = args.prompt_key or next((key for key in known if key in row), None)
@@ -356,7 +344,7 @@ def encode_pair(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained, "ends": ends, "sizes": sizes}]
 
 
-def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
@@ -383,24 +371,25 @@ def stamp(name):
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
         files = [file for file in path.iterdir() if file.name.endswith(kinds)]
-    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
-    return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    files = sorted(file for file in files if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
+def encode_table(name, split, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
     if n < 1:
         die(f"dataset {name!r} has no rows")
-    # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
+    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    flags = sorted({flag for flag in vars(args) if f"args.{flag}" in code} - {"pretrain", *FREE_FLAGS})
     decides = [name, split, stamp(name), getattr(rows, "_fingerprint", None), vocab_size, code]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    decides += [getattr(args, flag) for flag in DATA_FLAGS]
+    decides += [getattr(args, flag) for flag in flags]
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
+        lambda spans: encode_rows(spans, rows, name, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
@@ -408,10 +397,9 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
         fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
     )
     usable = table.data["length"].to_numpy() > 0
-    dropped = table[np.flatnonzero(~usable)]
-    first = dict(zip(reversed(dropped["reason"]), reversed(dropped["where"])))  # of each reason
-    for reason, count in collections.Counter(dropped["reason"]).most_common():
-        note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
+    dropped = table.select(np.flatnonzero(~usable)).to_pandas()
+    for reason, group in dropped.groupby("reason"):
+        note(f"dropped {len(group):,} of {n:,} rows: {reason}; the first: {group['where'].iloc[0]}")
     n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
     if n_faulty > args.max_drop_ratio * n or not usable.any():
         cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
@@ -419,28 +407,26 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     return table.select(np.flatnonzero(usable))
 
 
-def load_examples(names, probs, split, encode_row, tokenizer, args):
+def load_examples(names, probs, split, tokenizer, args):
     """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         advice = f"use --max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
-    options = (split, encode_row, tokenizer, config.vocab_size, args)
-    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
-    if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
-            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
-        sizes = [len(table) for table in tables]
-        for i, share in enumerate(shares):
-            tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
-    return datasets.concatenate_datasets(tables)
+    names = [name.strip() for name in names.split(",")]
+    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
+    if probs:
+        n = sum(len(table) for table in tables)
+        sizes = [round(float(share) * n) for share in probs.split(",")]
+        pairs = zip(tables, sizes, strict=True)
+        tables = [table.select(np.resize(np.arange(len(table)), size)) for table, size in pairs]
+    return datasets.concatenate_datasets(tables).with_format("numpy")
 
 
 def fetch(table, indices):
     """Rows of the table as examples: {column: array or number}."""
-    columns = table.with_format("numpy")[indices]
+    columns = table[indices]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -448,10 +434,7 @@ def fetch(table, indices):
 
 
 def split_step(lengths, args, n_responses=1):
-    """Deals examples over passes and ranks, the longest first. Returns this rank's passes: (indices, weight).
-
-    A pass is a collective, so all ranks have as many: where examples are too few, one of weight 0 stands in.
-    """
+    """Deals examples over passes and ranks, longest first. Returns this rank's passes: (indices, weight)."""
     most = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
@@ -461,6 +444,7 @@ def split_step(lengths, args, n_responses=1):
         fullest = order[::n]  # the longest of each round
         if sizes[fullest].sum() <= most or len(fullest) == 1:
             mine = [order[i::n] for i in range(rank, n, world_size)]
+            # A pass is a collective, so all ranks have as many: where examples are too few, one stands in.
             return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
 
 
@@ -508,7 +492,7 @@ def pack_trees(examples, device):
     }
 
 
-def attend(query, key, value, scaling, window, softcap):
+def attend_segment(query, key, value, scaling, window, softcap):
     """Causal attention of one segment, whose queries are the last n_q of n_k positions.
 
     query [1, heads, n_q, dim], key and value [1, kv_heads, n_k, dim] -> [1, heads, n_q, dim]. window: so many
@@ -529,8 +513,8 @@ def attend(query, key, value, scaling, window, softcap):
     return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(value.dtype) @ value
 
 
-def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **options):
-    """Attention within the segments of a pack, for any Hugging Face model: attn_implementation "packed".
+def tree_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **options):
+    """Attention within the segments of a pack, for any Hugging Face model.
 
     query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None). A
     segment's n_q queries see n_k keys; segments["keys"] lists these where they are not the segment's own.
@@ -550,15 +534,12 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
         out = varlen.varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
         return out[None, :, :, : value.shape[3]], None
     parts = zip(query.split(n_q, 2), key.split(n_k, 2), value.split(n_k, 2))
-    return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
+    out = torch.cat([attend_segment(*part, scaling, window, softcap) for part in parts], 2)
+    return out.transpose(1, 2), None
 
 
 class LogProbs(torch.nn.Module):
-    """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
-
-    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
-    again in the backward pass: nothing of size tokens x vocabulary exists.
-    """
+    """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack."""
 
     def __init__(self, model):
         super().__init__()
@@ -567,37 +548,29 @@ class LogProbs(torch.nn.Module):
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-            deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
-
-    def hidden(self, pack):
-        """The hidden states that predict the pack's trained tokens, [N, H]."""
-        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
-        return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
-
-    def logits(self, weight, bias, hidden):
-        """hidden [C, H] -> fp32 logits [C, V], with what some models apply behind the head."""
-        logits = F.linear(hidden * self.scale, weight, bias).float()
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        for p in self.parts[1].parameters():
+            if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
+                deepspeed.zero.register_external_parameter(self, p)
 
     def chunk_logps(self, weight, bias, hidden, targets):
-        return -F.cross_entropy(self.logits(weight, bias, hidden), targets, reduction="none")
+        """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap their logits."""
+        logits = F.linear(hidden * self.scale, weight, bias).float()  # [C, V]
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return -F.cross_entropy(logits, targets, reduction="none")
 
-    def in_chunks(self, function, *tensors):
-        """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
+    def forward(self, pack):
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
+        hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         budget = 2**26  # bytes of a chunk's logits
         if weight.is_cuda:
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
         rows = max(16, budget // (4 * weight.shape[0]))
-        chunks = zip(*[tensor.split(rows) for tensor in tensors])
-        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
+        chunks = zip(hidden.split(rows), pack["targets"].split(rows))
+        parts = [checkpoint(self.chunk_logps, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
-
-    def forward(self, pack):
-        return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
 def pair_logps(engine, examples):
@@ -724,28 +697,26 @@ def connect(device, args):
 def deepspeed_config(path, args):
     """Gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
     hidden_size = transformers.AutoConfig.from_pretrained(path).get_text_config().hidden_size
-    zero = {
-        "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
-        "reduce_bucket_size": 50_000_000,
-        "overlap_comm": torch.cuda.is_available(),
-        "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
-        "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
-        "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
-    }
     return {
         "train_micro_batch_size_per_gpu": 1,  # in name: the step says which backward pass is its last
         "gradient_clipping": args.max_norm,
         "bf16": {"enabled": args.bf16},
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
         "communication_data_type": "fp32",
-        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
+        "zero_optimization": {
+            "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
+            "reduce_bucket_size": 50_000_000,
+            "overlap_comm": torch.cuda.is_available(),
+            "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
+            "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
+            "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
+        },
     }
 
 
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
-    transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
     options["output_loading_info"] = True
     try:
@@ -774,7 +745,7 @@ def add_lora(model, args):
     return peft.get_peft_model(model, config)
 
 
-def start_engine(args, total_steps, wrapper=LogProbs):
+def start_engine(args, total_steps, wrapper):
     """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
     config = deepspeed_config(args.pretrain, args)
     torch.manual_seed(args.seed)
@@ -802,26 +773,8 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 
 
 @torch.no_grad()
-def check_attention(engine, pack, alone, args):
-    """Stops unless a pack has the log-probs that the model itself gives to each of its sequences alone."""
-    wrapper = getattr(engine, "module", engine)
-    found = wrapper(pack)
-    other = pack["input_ids"].clone()
-    other[0, :5] += 1  # of the first sequence: the last one must not notice, to the bit
-    leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
-    wrapper.model.set_attn_implementation("eager")
-    logits = torch.cat([wrapper.model(one["input_ids"]).logits[0, one["positions"]] for one in alone])
-    wrapper.model.set_attn_implementation("packed")
-    expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
-    # In bf16 rounding alone makes up to 0.2 in a deep model.
-    worst = (found - expected).abs().mean().item()
-    if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
-        cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
-        die(f"{type(wrapper.model).__name__} is not supported: {cause}")
-
-
 def check_tree(engine, args):
-    """check_attention on two made-up trees, against each of their four branches alone."""
+    """Stops unless packed trees have the log-probs that the model itself gives to each of their branches."""
 
     def tree(ids, end):
         """A prompt of 5 tokens, a chosen response that ends there, a rejected one of what is left."""
@@ -834,10 +787,24 @@ def check_tree(engine, args):
         trees.append(tree(ids, 14))
         for branch in (ids[:14], np.r_[ids[:5], ids[14:]]):
             alone.append(pack_trees([tree(branch, len(branch))], engine.device))
-    check_attention(engine, pack_trees(trees, engine.device), alone, args)
+    wrapper = getattr(engine, "module", engine)
+    pack = pack_trees(trees, engine.device)
+    found = wrapper(pack)
+    other = pack["input_ids"].clone()
+    other[0, :5] += 1  # of the first tree: the last branch must not notice, to the bit
+    leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
+    wrapper.model.set_attn_implementation("eager")
+    logits = torch.cat([wrapper.model(one["input_ids"]).logits[0, one["positions"]] for one in alone])
+    wrapper.model.set_attn_implementation("packed")
+    expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
+    # In bf16 rounding alone makes up to 0.2 in a deep model.
+    worst = (found - expected).abs().mean().item()
+    if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
+        cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
+        die(f"{type(wrapper.model).__name__} is not supported: {cause}")
 
 
-def start_frozen(path, args, device, offload, wrapper=LogProbs):
+def start_frozen(path, args, device, offload, wrapper):
     """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     config = deepspeed_config(path, args)
     config["zero_optimization"]["offload_param"] = {"device": "cpu" if offload else "none"}
@@ -861,10 +828,10 @@ def reference_logps(table, args, device):
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
-        engine = start_frozen(path, args, device, args.ref_offload)
+        engine = start_frozen(path, args, device, args.ref_offload, LogProbs)
         check_tree(engine, args)
         logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a pair
-        passes = split_step(table.with_format("numpy")["length"][:], args, n_responses=2)
+        passes = split_step(table["length"][:], args, n_responses=2)
         for members, weight in datasets.utils.tqdm(passes, "reference", disable=dist.get_rank() > 0):
             logps[to_device(members, device)] += weight * pair_logps(engine, fetch(table, members))
         dist.all_reduce(logps)  # those of other ranks are 0
@@ -910,13 +877,11 @@ def checkpoints(args):
 
 
 def publish(args):
-    """Puts a finished model, <save_path>.partial, into place; after a kill it goes on where it was.
-
-    Of a model that was there before, what is no model file (rows, a log) survives.
-    """
+    """Moves a finished model, <save_path>.partial, into place; what is no model file there survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
     if not (partial / "args.json").exists():
         return
+    shutil.rmtree(args.ckpt_path, ignore_errors=True)
     if target.exists():
         old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
         for path in target.iterdir():
@@ -931,7 +896,6 @@ def open_run(args, identity):
     target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
     changed = difference(target, identity)
     if not changed:
-        shutil.rmtree(args.ckpt_path, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
     if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
@@ -945,13 +909,16 @@ def open_run(args, identity):
         if changed:
             die(f"{folders[0]} is a checkpoint of another run, remove it: {changed}")
         note(f"resume {folders[0]}")
-    else:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True)
+        (partial / "metrics.jsonl").touch()
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return int(folders[0].name[5:]) if folders else 0
+    if not folders:
+        return 0
+    shutil.copy(folders[0] / "metrics.jsonl", partial)  # without the steps that come again
+    return int(folders[0].name[5:])
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -959,6 +926,7 @@ def save_checkpoint(engine, args, step, identity):
     partial = Path(args.ckpt_path, f"step_{step}.partial")
     engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
     if dist.get_rank() == 0:
+        shutil.copy(f"{args.save_path}.partial/metrics.jsonl", partial)
         (partial / "args.json").write_text(json.dumps(identity, indent=1))
         os.rename(partial, partial.with_suffix(""))
         for folder in checkpoints(args)[args.max_ckpt_num :]:
@@ -983,31 +951,7 @@ def save_model(engine, tokenizer, args, identity):
         tokenizer.save_pretrained(partial)
         (partial / "args.json").write_text(json.dumps(identity, indent=1))  # last: now it is complete
         publish(args)
-        shutil.rmtree(args.ckpt_path, ignore_errors=True)
     dist.barrier()
-
-
-def open_log(args, start_step, total_steps):
-    """A function (step, metrics, seconds_left) that logs, on rank 0; lines after start_step are dropped."""
-    if dist.get_rank() > 0:
-        return lambda *numbers: None
-    path = Path(f"{args.save_path}.partial/metrics.jsonl")
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
-    if args.use_wandb:
-        import wandb
-
-        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        wandb.init()
-
-    def report(step, metrics, seconds_left=0):
-        with open(path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if args.use_wandb:
-            wandb.log(metrics, step=step)
-        note(console_line(step, total_steps, metrics, seconds_left))
-
-    return report
 
 
 # --- console and main
@@ -1032,14 +976,23 @@ def mark_trained(ids, trained, tokenizer):
     return repr(marked[0][-60:] + "".join(marked[1:])[:240])
 
 
-def console_line(step, total_steps, metrics, seconds_left):
-    """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
+def report(step, total_steps, metrics, seconds_left, args):
+    """Logs a step, on rank 0: in metrics.jsonl, in Weights & Biases, and its main numbers on the console."""
+    if dist.get_rank() > 0:
+        return
+    with open(f"{args.save_path}.partial/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+    if args.use_wandb:
+        import wandb
+
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        (wandb.run or wandb.init()).log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
     shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
     left = datetime.timedelta(seconds=int(seconds_left))
-    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
+    note(f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}")
 
 
 def main(args):
@@ -1047,18 +1000,12 @@ def main(args):
     if rank == 0:
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
-    # --- algorithm: dpo (inputs)
-    encoding = (encode_pair, tokenizer, args)
-    if args.ref_pretrain and load_tokenizer(args.ref_pretrain, args).get_vocab() != tokenizer.get_vocab():
-        note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
-    # --- end algorithm
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
     held_out = []
     if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
-    columns = examples.with_format("numpy")
-    lengths, n_trained = columns["length"][:], columns["n_trained"][:]
+        held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+    lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:
@@ -1071,15 +1018,18 @@ def main(args):
     if start_step is None:
         return
 
-    # --- algorithm: dpo (model)
+    # --- algorithm: dpo
+    transformers.AttentionInterface.register("packed", tree_attention)
+    if args.ref_pretrain and load_tokenizer(args.ref_pretrain, args).get_vocab() != tokenizer.get_vocab():
+        note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
     references = {table: reference_logps(table, args, device) for table in filter(len, (examples, held_out))}
-    engine = start_engine(args, total_steps)
+    engine = start_engine(args, total_steps, LogProbs)
     check_tree(engine, args)
 
     def take_step(table, indices, train=True):
         return dpo_step(engine, fetch(table, indices), references[table][indices], args, train)
 
-    shown = fetch(examples, [0])[0]
+    shown = examples[0]
     end = shown["ends"][1]
     sample = mark_trained(shown["input_ids"][:end], shown["trained"][:end], tokenizer)
     # --- end algorithm
@@ -1091,14 +1041,13 @@ def main(args):
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
-    report = open_log(args, start_step, total_steps)
 
     def evaluate():
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if held_out and start_step == 0:
-        report(0, evaluate())
+        report(0, total_steps, evaluate(), 0, args)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
@@ -1123,7 +1072,7 @@ def main(args):
         if evaluates:
             metrics |= evaluate()
         if evaluates or ends or step % args.logging_steps == 0:
-            report(step, metrics, took * (total_steps - step))
+            report(step, total_steps, metrics, took * (total_steps - step), args)
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)

@@ -22,7 +22,6 @@ Commands:
     deepspeed --num_gpus 8 kd.py --pretrain STUDENT --teacher_model TEACHER --dataset x.jsonl --zero_stage 3
 """
 
-import collections
 import datetime
 import functools
 import hashlib
@@ -147,10 +146,6 @@ class Args:
 FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split
     eval_steps cache_dir num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint
     local_rank""".split()
-# These and the text of this script above the packing decide how a row is encoded: a new flag that
-# encode_example reads goes here, or rows encoded with its old value are found again.
-DATA_FLAGS = """max_samples max_len input_key output_key input_template apply_chat_template multiturn
-    pretrain_mode""".split()
 FEATURES = Features(  # the columns of an encoded row
     input_ids=List(Value("int32")),
     trained=List(Value("bool")),  # is the token part of the loss?
@@ -210,8 +205,6 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
-        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
@@ -221,27 +214,22 @@ def as_messages(value, role):
         return [{"role": role, "content": str(value)}]
     if not isinstance(value, list):
         raise ValueError(f"neither text nor messages but {type(value).__name__}")
+    keys = {"from": "role", "value": "content"}  # ShareGPT's
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
     for turn in value:
-        turn = {key: value for key, value in turn.items() if value is not None}  # Arrow fills in None
-        speaker = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or not isinstance(content, str):
+        turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
+        if not isinstance(turn.get("content"), str):
             raise ValueError("a message needs role and content, both text")
-        messages.append({**turn, "role": roles.get(speaker, speaker), "content": content})
+        messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
     return messages
 
 
 def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
-    """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages.
-
-    Plain text is a chat whose template just joins the parts. Rows of batch_infer.py have a finish_reason;
-    their prompt holds template and BOS already. A token is trained if it ends in a trained span.
-    """
-    sampled = finish_reason is not None
+    """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages."""
+    sampled = finish_reason is not None  # by batch_infer.py, whose prompt holds template and BOS already
     listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
-    plain = not listed and (sampled or not args.apply_chat_template)
+    plain = not listed and (sampled or not args.apply_chat_template)  # its template just joins the parts
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
@@ -274,7 +262,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         # Templates of reasoning models drop the thoughts of earlier turns.
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
-        trained |= (ends > len(asked)) & (ends <= len(answered))
+        trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
     return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
 
 
@@ -298,25 +286,19 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def example_columns(row, args):
-    """(prompt column, response column or None) of a row."""
-    # The first that fits.
+def encode_row(row, tokenizer, args):
+    """The examples of a row, here just one: the first columns of FEATURES."""
+    # Known columns of prompt and response: the first that fit.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
     if {"input", "output", "finish_reason"} <= set(row):  # other columns are the prompt before its template
         layouts = [("input", "output")]
     if args.input_key:
         layouts = [(args.input_key, args.output_key)]
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    wanted = " and ".join(filter(None, [args.input_key, args.output_key])) or "of a known layout"
-    raise ValueError(f"no column {wanted} (--input_key, --output_key) but {', '.join(row)}")
-
-
-def encode_example(row, tokenizer, args):
-    """The examples of a row, here just one: the first columns of FEATURES."""
-    prompt_key, response_key = example_columns(row, args)
+    fitting = [keys for keys in layouts if set(keys) - {None} <= set(row)]
+    if not fitting:
+        raise ValueError(f"--input_key, --output_key: there are columns {', '.join(row)}, not {layouts}")
+    prompt_key, response_key = fitting[0]
     prompt = row[prompt_key]
     response = row[response_key] if response_key else []
     if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
@@ -329,7 +311,7 @@ def encode_example(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
@@ -356,24 +338,25 @@ def stamp(name):
     if (path / "config.json").exists():  # a model; a log or samples may lie beside it
         kinds = (".safetensors", ".bin", "config.json", "tokenizer.json", ".model", ".jinja")
         files = [file for file in path.iterdir() if file.name.endswith(kinds)]
-    stats = [(file, file.stat()) for file in sorted(files) if file.is_file()]
-    return [[file.name, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    files = sorted(file for file in files if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
+def encode_table(name, split, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
     if n < 1:
         die(f"dataset {name!r} has no rows")
-    # All that decides an example: an edit of the code up to here makes a new table, an edited loss does not.
+    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    flags = sorted({flag for flag in vars(args) if f"args.{flag}" in code} - {"pretrain", *FREE_FLAGS})
     decides = [name, split, stamp(name), getattr(rows, "_fingerprint", None), vocab_size, code]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    decides += [getattr(args, flag) for flag in DATA_FLAGS]
+    decides += [getattr(args, flag) for flag in flags]
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
+        lambda spans: encode_rows(spans, rows, name, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
@@ -381,10 +364,9 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
         fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
     )
     usable = table.data["length"].to_numpy() > 0
-    dropped = table[np.flatnonzero(~usable)]
-    first = dict(zip(reversed(dropped["reason"]), reversed(dropped["where"])))  # of each reason
-    for reason, count in collections.Counter(dropped["reason"]).most_common():
-        note(f"dropped {count:,} of {n:,} rows: {reason}; the first: {first[reason]}")
+    dropped = table.select(np.flatnonzero(~usable)).to_pandas()
+    for reason, group in dropped.groupby("reason"):
+        note(f"dropped {len(group):,} of {n:,} rows: {reason}; the first: {group['where'].iloc[0]}")
     n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
     if n_faulty > args.max_drop_ratio * n or not usable.any():
         cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
@@ -392,28 +374,26 @@ def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     return table.select(np.flatnonzero(usable))
 
 
-def load_examples(names, probs, split, encode_row, tokenizer, args):
+def load_examples(names, probs, split, tokenizer, args):
     """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         advice = f"use --max_len {limit}, or raise max_position_embeddings in config.json"
         die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
-    options = (split, encode_row, tokenizer, config.vocab_size, args)
-    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
-    if probs and len(tables) > 1:
-        shares = [float(share) for share in probs.split(",")]
-        if len(shares) != len(tables):
-            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
-        sizes = [len(table) for table in tables]
-        for i, share in enumerate(shares):
-            tables[i] = tables[i].select(np.resize(np.arange(sizes[i]), round(share * sum(sizes))))
-    return datasets.concatenate_datasets(tables)
+    names = [name.strip() for name in names.split(",")]
+    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
+    if probs:
+        n = sum(len(table) for table in tables)
+        sizes = [round(float(share) * n) for share in probs.split(",")]
+        pairs = zip(tables, sizes, strict=True)
+        tables = [table.select(np.resize(np.arange(len(table)), size)) for table, size in pairs]
+    return datasets.concatenate_datasets(tables).with_format("numpy")
 
 
 def fetch(table, indices):
     """Rows of the table as examples: {column: array or number}."""
-    columns = table.with_format("numpy")[indices]
+    columns = table[indices]
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
@@ -421,10 +401,7 @@ def fetch(table, indices):
 
 
 def split_step(lengths, args, n_responses=1):
-    """Deals examples over passes and ranks, the longest first. Returns this rank's passes: (indices, weight).
-
-    A pass is a collective, so all ranks have as many: where examples are too few, one of weight 0 stands in.
-    """
+    """Deals examples over passes and ranks, longest first. Returns this rank's passes: (indices, weight)."""
     most = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
@@ -434,6 +411,7 @@ def split_step(lengths, args, n_responses=1):
         fullest = order[::n]  # the longest of each round
         if sizes[fullest].sum() <= most or len(fullest) == 1:
             mine = [order[i::n] for i in range(rank, n, world_size)]
+            # A pass is a collective, so all ranks have as many: where examples are too few, one stands in.
             return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
 
 
@@ -446,37 +424,30 @@ def to_device(array, device):
 
 
 def pack_rows(examples, device):
-    """Lays examples end to end in one row of T tokens, without padding.
-
-    positions [N]: the hidden states that predict the N trained tokens; targets [N]: those tokens.
-    """
+    """Lays examples end to end in one row of T tokens, without padding; N of them are trained."""
     lengths = [len(example["input_ids"]) for example in examples]
     input_ids = np.concatenate([example["input_ids"] for example in examples])
     trained = np.flatnonzero(np.concatenate([example["trained"] for example in examples]))
-    cu = to_device(np.cumsum([0, *lengths], dtype=np.int32), device)
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
     return {
         "input_ids": to_device(input_ids[None], device),  # [1, T]
         "position_ids": to_device(np.concatenate([np.arange(n) for n in lengths])[None], device),  # [1, T]
-        "segments": {"keys": None, "n_q": lengths, "n_k": lengths, "cu_q": cu, "cu_k": cu},
-        "positions": to_device(trained - 1, device),
-        "targets": to_device(input_ids[trained], device),
+        "segments": {"lengths": lengths, "bounds": to_device(bounds, device)},
+        "positions": to_device(trained - 1, device),  # [N]: of the hidden states that predict the targets
+        "targets": to_device(input_ids[trained], device),  # [N]
     }
 
 
 def attend(query, key, value, scaling, window, softcap):
-    """Causal attention of one segment, whose queries are the last n_q of n_k positions.
-
-    query [1, heads, n_q, dim], key and value [1, kv_heads, n_k, dim] -> [1, heads, n_q, dim]. window: so many
-    positions are seen, the own one included; softcap: of the scores.
-    """
-    n_q, n_k = query.shape[2], key.shape[2]
-    mask = None
-    if n_q < n_k or window or softcap:
-        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+    """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim]."""
+    options = {"scale": scaling, "enable_gqa": True}
+    if not window and not softcap:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    n = query.shape[2]
+    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
     if window:
-        mask = mask.triu(n_k - n_q - window + 1)
+        mask = mask.triu(1 - window)  # so many positions are seen, the own one included
     if not softcap:
-        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -485,74 +456,21 @@ def attend(query, key, value, scaling, window, softcap):
 
 
 def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **options):
-    """Attention within the segments of a pack, for any Hugging Face model: attn_implementation "packed".
-
-    query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None). A
-    segment's n_q queries see n_k keys; segments["keys"] lists these where they are not the segment's own.
-    """
+    """Attention within each example of a pack: query [1, heads, T, dim] -> ([1, T, heads, dim], None)."""
     window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
     harmless = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
     if unknown or attention_mask is not None:
         die(f"{type(module).__name__} is not supported: its attention needs {unknown or 'a mask'}")
-    if segments["keys"] is not None:
-        key, value = key.index_select(2, segments["keys"]), value.index_select(2, segments["keys"])
-    n_q, n_k, size = segments["n_q"], segments["n_k"], query.shape[3]
+    lengths, bounds, size = segments["lengths"], segments["bounds"], query.shape[3]
     if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
         options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}
-        out = varlen.varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
+        out = varlen.varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), **options)
         return out[None, :, :, : value.shape[3]], None
-    parts = zip(query.split(n_q, 2), key.split(n_k, 2), value.split(n_k, 2))
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
     return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
-
-
-class LogProbs(torch.nn.Module):
-    """A causal LM as forward(pack) -> per_token_logps [N], fp32 nats, one per trained token of the pack.
-
-    Only hidden states that predict a trained token reach the LM head, in chunks whose logits are computed
-    again in the backward pass: nothing of size tokens x vocabulary exists.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.parts = [model.base_model, model.get_output_embeddings()]  # a list: not twice in the state dict
-        config = model.config.get_text_config()
-        self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-            deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
-
-    def hidden(self, pack):
-        """The hidden states that predict the pack's trained tokens, [N, H]."""
-        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
-        return self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]
-
-    def logits(self, weight, bias, hidden):
-        """hidden [C, H] -> fp32 logits [C, V], with what some models apply behind the head."""
-        logits = F.linear(hidden * self.scale, weight, bias).float()
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def chunk_logps(self, weight, bias, hidden, targets):
-        return -F.cross_entropy(self.logits(weight, bias, hidden), targets, reduction="none")
-
-    def in_chunks(self, function, *tensors):
-        """function(weight, bias, *chunks of the tensors [N, ..]), chunk by chunk, concatenated."""
-        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
-        budget = 2**26  # bytes of a chunk's logits
-        if weight.is_cuda:
-            budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
-        rows = max(16, budget // (4 * weight.shape[0]))
-        chunks = zip(*[tensor.split(rows) for tensor in tensors])
-        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat(parts)
-
-    def forward(self, pack):
-        return self.in_chunks(self.chunk_logps, self.hidden(pack), pack["targets"])
 
 
 def top_and_rest(logits, ids):
@@ -562,7 +480,7 @@ def top_and_rest(logits, ids):
     return torch.cat([logits.gather(1, ids), rest], 1).log_softmax(1)
 
 
-class Distill(LogProbs):
+class Distill(torch.nn.Module):
     """Teacher or student as forward(pack); a pack without "teacher", as in check_attention, gives log-probs.
 
     pack["teacher"] None: the teacher's hidden states [N, H], or with --teacher_topk its rows [N, 2k + 1]: the
@@ -571,8 +489,15 @@ class Distill(LogProbs):
     """
 
     def __init__(self, model, vocab_size, args, teacher=None):
-        super().__init__(model)
-        self.vocab_size, self.args = vocab_size, args
+        super().__init__()
+        self.model, self.vocab_size, self.args = model, vocab_size, args
+        self.parts = [model.base_model, model.get_output_embeddings()]  # a list: not twice in the state dict
+        config = model.config.get_text_config()
+        self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        for p in self.parts[1].parameters():
+            if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
+                deepspeed.zero.register_external_parameter(self, p)
         if teacher is not None:  # else it comes from the table, or this is the teacher
             head = list(teacher.parts[1].parameters())  # weight, and a bias in some models
             # Under ZeRO-3 a whole copy: ranks run different numbers of chunks, and a gather needs them all.
@@ -581,9 +506,19 @@ class Distill(LogProbs):
             self.teacher_head = (head + [None])[:2]
             self.teacher_logits = teacher.logits  # the teacher itself would become a part of the student
 
+    def logits(self, weight, bias, hidden):
+        """hidden [C, H] -> fp32 logits [C, V]; some models scale or cap them."""
+        logits = F.linear(hidden * self.scale, weight, bias).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
     def real(self, logits):
         """[C, V] -> [C, vocab_size], at the temperature; what models pad their vocabulary with goes."""
         return logits[:, : self.vocab_size] / self.args.kd_temperature
+
+    def chunk_logps(self, weight, bias, hidden, targets):
+        return -F.cross_entropy(self.logits(weight, bias, hidden), targets, reduction="none")
 
     def chunk_topk(self, weight, bias, hidden):
         logits = self.real(self.logits(weight, bias, hidden))
@@ -605,12 +540,25 @@ class Distill(LogProbs):
         return torch.stack([ce, kd], 1)
 
     def forward(self, pack):
+        inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
+        hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
         if "teacher" not in pack:
-            return super().forward(pack)
-        hidden = self.hidden(pack)
-        if pack["teacher"] is not None:
-            return self.in_chunks(self.chunk_distill, hidden, pack["targets"], pack["teacher"])
-        return self.in_chunks(self.chunk_topk, hidden) if self.args.teacher_topk else hidden
+            function, tensors = self.chunk_logps, [hidden, pack["targets"]]
+        elif pack["teacher"] is not None:
+            function, tensors = self.chunk_distill, [hidden, pack["targets"], pack["teacher"]]
+        elif self.args.teacher_topk:
+            function, tensors = self.chunk_topk, [hidden]
+        else:
+            return hidden
+        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
+        budget = 2**26  # bytes of a chunk's logits
+        if weight.is_cuda:
+            budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
+        rows = max(16, budget // (4 * weight.shape[0]))
+        # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
+        chunks = zip(*[tensor.split(rows) for tensor in tensors])
+        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts)
 
 
 def divergence(log_p, log_q, kind):
@@ -705,28 +653,26 @@ def connect(device, args):
 def deepspeed_config(path, args):
     """Gradients are added and sent in fp32, so the split of a batch leaves no trace in bf16 either."""
     hidden_size = transformers.AutoConfig.from_pretrained(path).get_text_config().hidden_size
-    zero = {
-        "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
-        "reduce_bucket_size": 50_000_000,
-        "overlap_comm": torch.cuda.is_available(),
-        "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
-        "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
-        "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
-    }
     return {
         "train_micro_batch_size_per_gpu": 1,  # in name: the step says which backward pass is its last
         "gradient_clipping": args.max_norm,
         "bf16": {"enabled": args.bf16},
         "data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": ["inv_freq"]},
         "communication_data_type": "fp32",
-        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, uncompiled
+        "zero_optimization": {
+            "stage": max(1, args.zero_stage),  # with bf16, DeepSpeed's stage 0 takes a hidden optimiser step
+            "reduce_bucket_size": 50_000_000,
+            "overlap_comm": torch.cuda.is_available(),
+            "stage3_param_persistence_threshold": hidden_size,  # only vectors stay whole on each rank
+            "stage3_max_live_parameters": 3_000_000_000,  # a large head alone exceeds the default
+            "offload_optimizer": {"device": "cpu" if args.adam_offload else "none"},
+        },
     }
 
 
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
-    transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
     options["output_loading_info"] = True
     try:
@@ -755,7 +701,7 @@ def add_lora(model, args):
     return peft.get_peft_model(model, config)
 
 
-def start_engine(args, total_steps, wrapper=LogProbs):
+def start_engine(args, total_steps, wrapper):
     """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
     config = deepspeed_config(args.pretrain, args)
     torch.manual_seed(args.seed)
@@ -783,9 +729,12 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 
 
 @torch.no_grad()
-def check_attention(engine, pack, alone, args):
+def check_attention(engine, args):
     """Stops unless a pack has the log-probs that the model itself gives to each of its sequences alone."""
     wrapper = getattr(engine, "module", engine)
+    examples = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
+    alone = [pack_rows([example], engine.device) for example in examples]
+    pack = pack_rows(examples, engine.device)
     found = wrapper(pack)
     other = pack["input_ids"].clone()
     other[0, :5] += 1  # of the first sequence: the last one must not notice, to the bit
@@ -801,7 +750,7 @@ def check_attention(engine, pack, alone, args):
         die(f"{type(wrapper.model).__name__} is not supported: {cause}")
 
 
-def start_frozen(path, args, device, offload, wrapper=LogProbs):
+def start_frozen(path, args, device, offload, wrapper):
     """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     config = deepspeed_config(path, args)
     config["zero_optimization"]["offload_param"] = {"device": "cpu" if offload else "none"}
@@ -812,13 +761,6 @@ def start_frozen(path, args, device, offload, wrapper=LogProbs):
         return deepspeed.initialize(model=model, config=config)[0]
     model.device = torch.device(device)  # as DeepSpeed's engines have it
     return model.to(device)
-
-
-def check_rows(engine, args):
-    """check_attention on two made-up rows."""
-    two = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
-    alone = [pack_rows([example], engine.device) for example in two]
-    check_attention(engine, pack_rows(two, engine.device), alone, args)
 
 
 def teacher_topk(table, wrapper, args, device):
@@ -832,7 +774,7 @@ def teacher_topk(table, wrapper, args, device):
     dist.broadcast_object_list(found)
     if not found[0]:
         engine = start_frozen(path, args, device, args.teacher_offload, wrapper)
-        check_rows(engine, args)
+        check_attention(engine, args)
         partial = f"{file}.{os.urandom(4).hex()}"  # another run may write the same
         blocks = np.array_split(np.arange(len(table)), math.ceil(len(table) / args.train_batch_size))
         for block in datasets.utils.tqdm(blocks, "teacher", disable=dist.get_rank() > 0):
@@ -853,7 +795,7 @@ def teacher_topk(table, wrapper, args, device):
             os.replace(partial, file)
         dist.barrier()
     rows = np.asarray(np.memmap(file, np.float32, "r")).reshape(-1, width)  # on disk until they are read
-    return np.split(rows, np.cumsum(table.with_format("numpy")["n_trained"][:])[:-1])
+    return np.split(rows, np.cumsum(table["n_trained"][:])[:-1])
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -888,13 +830,11 @@ def checkpoints(args):
 
 
 def publish(args):
-    """Puts a finished model, <save_path>.partial, into place; after a kill it goes on where it was.
-
-    Of a model that was there before, what is no model file (rows, a log) survives.
-    """
+    """Moves a finished model, <save_path>.partial, into place; what is no model file there survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
     if not (partial / "args.json").exists():
         return
+    shutil.rmtree(args.ckpt_path, ignore_errors=True)
     if target.exists():
         old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
         for path in target.iterdir():
@@ -909,7 +849,6 @@ def open_run(args, identity):
     target, partial = Path(args.save_path), Path(f"{args.save_path}.partial")
     changed = difference(target, identity)
     if not changed:
-        shutil.rmtree(args.ckpt_path, ignore_errors=True)
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
     if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
@@ -923,13 +862,16 @@ def open_run(args, identity):
         if changed:
             die(f"{folders[0]} is a checkpoint of another run, remove it: {changed}")
         note(f"resume {folders[0]}")
-    else:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True)
+        (partial / "metrics.jsonl").touch()
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    return int(folders[0].name[5:]) if folders else 0
+    if not folders:
+        return 0
+    shutil.copy(folders[0] / "metrics.jsonl", partial)  # without the steps that come again
+    return int(folders[0].name[5:])
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -937,6 +879,7 @@ def save_checkpoint(engine, args, step, identity):
     partial = Path(args.ckpt_path, f"step_{step}.partial")
     engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
     if dist.get_rank() == 0:
+        shutil.copy(f"{args.save_path}.partial/metrics.jsonl", partial)
         (partial / "args.json").write_text(json.dumps(identity, indent=1))
         os.rename(partial, partial.with_suffix(""))
         for folder in checkpoints(args)[args.max_ckpt_num :]:
@@ -961,31 +904,7 @@ def save_model(engine, tokenizer, args, identity):
         tokenizer.save_pretrained(partial)
         (partial / "args.json").write_text(json.dumps(identity, indent=1))  # last: now it is complete
         publish(args)
-        shutil.rmtree(args.ckpt_path, ignore_errors=True)
     dist.barrier()
-
-
-def open_log(args, start_step, total_steps):
-    """A function (step, metrics, seconds_left) that logs, on rank 0; lines after start_step are dropped."""
-    if dist.get_rank() > 0:
-        return lambda *numbers: None
-    path = Path(f"{args.save_path}.partial/metrics.jsonl")
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start_step))
-    if args.use_wandb:
-        import wandb
-
-        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        wandb.init()
-
-    def report(step, metrics, seconds_left=0):
-        with open(path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if args.use_wandb:
-            wandb.log(metrics, step=step)
-        note(console_line(step, total_steps, metrics, seconds_left))
-
-    return report
 
 
 # --- console and main
@@ -1010,14 +929,23 @@ def mark_trained(ids, trained, tokenizer):
     return repr(marked[0][-60:] + "".join(marked[1:])[:240])
 
 
-def console_line(step, total_steps, metrics, seconds_left):
-    """The main numbers of a step in fixed columns; all of them are in metrics.jsonl."""
+def report(step, total_steps, metrics, seconds_left, args):
+    """Logs a step, on rank 0: in metrics.jsonl, in Weights & Biases, and its main numbers on the console."""
+    if dist.get_rank() > 0:
+        return
+    with open(f"{args.save_path}.partial/metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+    if args.use_wandb:
+        import wandb
+
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        (wandb.run or wandb.init()).log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
     shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
     left = datetime.timedelta(seconds=int(seconds_left))
-    return f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}"
+    note(f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}")
 
 
 def main(args):
@@ -1025,19 +953,12 @@ def main(args):
     if rank == 0:
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
-    # --- algorithm: kd (inputs)
-    if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
-        die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
-    args.teacher_topk = min(args.teacher_topk, len(tokenizer))
-    encoding = (encode_example, tokenizer, args)
-    # --- end algorithm
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
     held_out = []
     if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
-    columns = examples.with_format("numpy")
-    lengths, n_trained = columns["length"][:], columns["n_trained"][:]
+        held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+    lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:
@@ -1050,7 +971,11 @@ def main(args):
     if start_step is None:
         return
 
-    # --- algorithm: kd (model)
+    # --- algorithm: kd
+    transformers.AttentionInterface.register("packed", packed_attention)
+    if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
+        die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
+    args.teacher_topk = min(args.teacher_topk, len(tokenizer))
     wrapper = functools.partial(Distill, vocab_size=len(tokenizer), args=args)
     teacher, topk = None, {}
     if args.teacher_topk:
@@ -1058,15 +983,15 @@ def main(args):
             topk[table] = teacher_topk(table, wrapper, args, device)
     else:
         teacher = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
-        check_rows(teacher, args)
+        check_attention(teacher, args)
     engine = start_engine(args, total_steps, functools.partial(wrapper, teacher=teacher))
-    check_rows(engine, args)
+    check_attention(engine, args)
 
     def take_step(table, indices, train=True):
         rows = [topk[table][i] for i in indices] if args.teacher_topk else None
         return kd_step(engine, teacher, rows, fetch(table, indices), args, train)
 
-    shown = fetch(examples, [0])[0]
+    shown = examples[0]
     sample = mark_trained(shown["input_ids"], shown["trained"], tokenizer)
     # --- end algorithm
     if start_step:
@@ -1077,14 +1002,13 @@ def main(args):
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
-    report = open_log(args, start_step, total_steps)
 
     def evaluate():
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     if held_out and start_step == 0:
-        report(0, evaluate())
+        report(0, total_steps, evaluate(), 0, args)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
     for step in range(start_step + 1, total_steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
@@ -1109,7 +1033,7 @@ def main(args):
         if evaluates:
             metrics |= evaluate()
         if evaluates or ends or step % args.logging_steps == 0:
-            report(step, metrics, took * (total_steps - step))
+            report(step, total_steps, metrics, took * (total_steps - step), args)
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)

@@ -471,8 +471,9 @@ class LogProbs(torch.nn.Module):
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        if hasattr(self.parts[1].weight, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-            deepspeed.zero.register_external_parameter(self, self.parts[1].weight)
+        for p in self.parts[1].parameters():
+            if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
+                deepspeed.zero.register_external_parameter(self, p)
 
     def chunk_logps(self, weight, bias, hidden, targets):
         """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap their logits."""
@@ -581,7 +582,6 @@ def deepspeed_config(path, args):
 
 def load_model(path, args):
     """The causal LM with our attention, every weight from the checkpoint, dropout off."""
-    transformers.AttentionInterface.register("packed", packed_attention)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
     options["output_loading_info"] = True
     try:
@@ -610,7 +610,7 @@ def add_lora(model, args):
     return peft.get_peft_model(model, config)
 
 
-def start_engine(args, total_steps, wrapper=LogProbs):
+def start_engine(args, total_steps, wrapper):
     """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
     config = deepspeed_config(args.pretrain, args)
     torch.manual_seed(args.seed)
@@ -638,9 +638,12 @@ def start_engine(args, total_steps, wrapper=LogProbs):
 
 
 @torch.no_grad()
-def check_attention(engine, pack, alone, args):
+def check_attention(engine, args):
     """Stops unless a pack has the log-probs that the model itself gives to each of its sequences alone."""
     wrapper = getattr(engine, "module", engine)
+    examples = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
+    alone = [pack_rows([example], engine.device) for example in examples]
+    pack = pack_rows(examples, engine.device)
     found = wrapper(pack)
     other = pack["input_ids"].clone()
     other[0, :5] += 1  # of the first sequence: the last one must not notice, to the bit
@@ -829,11 +832,10 @@ def main(args):
     if start_step is None:
         return
 
-    # --- algorithm: sft (model)
-    engine = start_engine(args, total_steps)
-    two = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
-    alone = [pack_rows([example], engine.device) for example in two]
-    check_attention(engine, pack_rows(two, engine.device), alone, args)
+    # --- algorithm: sft
+    transformers.AttentionInterface.register("packed", packed_attention)
+    engine = start_engine(args, total_steps, LogProbs)
+    check_attention(engine, args)
 
     def take_step(examples, indices, train=True):
         return sft_step(engine, fetch(examples, indices), args, train)

@@ -19,6 +19,12 @@ def load_script(name):
     return module
 
 
+def register_attention(script):
+    """What a trainer's main does before it loads a model: there is one place for all scripts of a process."""
+    attention = getattr(script, "tree_attention", None) or script.packed_attention
+    script.transformers.AttentionInterface.register("packed", attention)
+
+
 if __name__ == "__main__":
     script = load_script(sys.argv[1])
     for config in json.loads(Path(sys.argv[2]).read_text()):

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from launch import load_script
+from launch import load_script, register_attention
 from test_dpo import FAMILIES, save_family
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import varlen
@@ -123,13 +123,15 @@ def make_table(script):
     columns["sizes"] = [[8, i - 15] for i in n]
     columns |= {"desirable": n > 30, "prompt_hash": n}
     columns = {name: list(columns.get(name, ["", ""])) for name in script.FEATURES}
-    return script.datasets.Dataset.from_dict(columns, features=script.FEATURES)
+    return script.datasets.Dataset.from_dict(columns, features=script.FEATURES).with_format("numpy")
 
 
 def run_step(script, name, args, table):
     """A step of the trainer: the host may wait for the GPU once, for the metrics (kto.py: in two lines)."""
-    wrapper, teacher, rows = script.LogProbs, None, None
-    if name == "kd":
+    teacher, rows = None, None
+    if name != "kd":
+        wrapper = script.LogProbs
+    else:
         wrapper = functools.partial(script.Distill, vocab_size=90, args=args)
         with fake, Watch():
             teacher = script.start_frozen(args.teacher_model, args, GPU, False, wrapper)
@@ -175,6 +177,7 @@ def check(case, script, name, family, flags, folder):
     if name != "batch_infer":
         paths |= {"cache_dir": folder, "micro_train_batch_size": 1}
         script.deepspeed.initialize = initialize
+        register_attention(script)
     paths |= {"teacher_model": folder} if name == "kd" else {}
     args = script.Args(**paths, **flags)
     try:

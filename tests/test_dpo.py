@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import transformers
 from conftest import launch, make_pairs, metrics_of, train, write_rows
 from first_step_of_trl import first_steps
-from launch import load_script
+from launch import load_script, register_attention
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-dpo = load_script("dpo")
+dpo, sft = load_script("dpo"), load_script("sft")
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +121,7 @@ def load_plain(folder):
 
 
 def load_packed(script, folder):
+    register_attention(script)
     model = script.load_model(folder, script.Args(pretrain=folder, dataset="", bf16=False))
     return script.LogProbs(model).train()  # no dropout is left in it
 
@@ -160,6 +161,7 @@ def test_the_check_at_the_start(family, tmp_path, monkeypatch, capsys):
     """It finds sequences that see each other (Bloom's, by ALiBi), and a head that is not the model's."""
     monkeypatch.setitem(FAMILIES, family, {})
     args = dpo.Args(pretrain=save_family(family, tmp_path / "model"), dataset="", bf16=family == "Bloom")
+    register_attention(dpo)
     model = dpo.LogProbs(dpo.load_model(args.pretrain, args))
     model.device, model.scale = "cpu", 1.0 if family == "Bloom" else 40.0
     with pytest.raises(SystemExit):
@@ -179,6 +181,18 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enabl
         heads = [x.transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
         out.append(F.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True).transpose(0, 1))
     return torch.cat(out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_equal_separate_forwards(family, tmp_path):
+    """The attention of the trainers without trees: three rows in one pack against each alone."""
+    folder = save_family(family, tmp_path / "model")
+    rows = [{"input_ids": np.arange(n) * 5 % 87 + 3, "trained": np.arange(n) >= 4} for n in (20, 9, 33)]
+    sequences = [(row["input_ids"], 4) for row in rows]
+    with torch.no_grad():
+        found = load_packed(sft, folder)(sft.pack_rows(rows, "cpu")).split([16, 5, 29])
+        expected = [padded_logps(load_plain(folder), [sequence])[0].sum() for sequence in sequences]
+    assert (torch.stack([part.sum() for part in found]) - torch.stack(expected)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("family, changes", [("Mistral", {}), ("DeepseekV3", {"qk_rope_head_dim": 8})])
@@ -375,7 +389,7 @@ LAYOUTS = {  # name: (row, flags, prompt, responses where they are not those of 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name, tiny, tokenizer):
     row, flags, prompt, *responses = LAYOUTS[name]
-    (pair,) = dpo.encode_pair(row, tokenizer, dpo.Args(pretrain=tiny, dataset="", **flags))
+    (pair,) = dpo.encode_row(row, tokenizer, dpo.Args(pretrain=tiny, dataset="", **flags))
     n_prompt, begin, end = pair["ends"]
     assert (pair["trained"] == (np.arange(end) >= n_prompt)).all()  # the prompt is stored once
     parts = np.split(pair["input_ids"], [n_prompt, begin])

@@ -42,8 +42,9 @@ def test_resumed_is_bit_identical(name, flags, tiny, other, rows_files, tmp_path
     flags |= {"train_batch_size": 10, "save_steps": 3}
     flags |= {"teacher_model" if name == "kd" else "ref_pretrain": other}
     wanted = train(script, **flags, save_path=whole)
+    report = script.report
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped"):
-        patch.setattr(script, "console_line", lambda step, *_: "" if step < 8 else sys.exit("stopped"))
+        patch.setattr(script, "report", lambda step, *rest: report(step, *rest) if step < 8 else sys.exit("stopped"))
         train(script, **flags, save_path=cut)
     found = train(script, **flags, save_path=cut)
     assert weights_of(cut) == weights_of(whole) and found["step"] == wanted["step"]

@@ -28,7 +28,7 @@ import transformers
 from conftest import CHAT_TEMPLATE, SETTINGS, make_model, make_rows, metrics_of, weights_of, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import load_script
+from launch import load_script, register_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sft = load_script("sft")
@@ -171,6 +171,7 @@ def test_bf16_has_fp32_master_weights(zero_stage, tiny, run, tmp_path, monkeypat
 
 def test_neighbours_and_chunks_have_no_effect(tiny, monkeypatch):
     """On the log-probs of an example: what else lies in its pack, and how many tokens the head takes at once."""
+    register_attention(sft)
     model = sft.LogProbs(sft.load_model(tiny, make_args()))
     a, b, c = example_of([5, 6, 7, 8, 9], 3), example_of(range(20, 60), 2), example_of([30, 31])
     other = example_of([105, 106, 107, 108, 109], 3)  # a's lengths, other tokens

@@ -120,7 +120,7 @@ def load_script(name):
 def run_ours(folder, args):
     """main() of kd.py, the memory read where a step begins and ends; its own log has the rest."""
     script, levels, peaks = load_script("kd"), [], []
-    kd_step, console_line = script.kd_step, script.console_line
+    kd_step, report = script.kd_step, script.report
 
     def before(*inputs, **options):
         if not levels:
@@ -129,9 +129,9 @@ def run_ours(folder, args):
 
     def after(*inputs):
         peaks.append(memory_gib("VmHWM"))
-        return console_line(*inputs)
+        return report(*inputs)
 
-    script.kd_step, script.console_line = before, after
+    script.kd_step, script.report = before, after
     paths = {"pretrain": "student", "teacher_model": "teacher", "dataset": "rows.jsonl", "save_path": "out"}
     flags = {name: str(folder / path) for name, path in paths.items()}
     flags |= {"train_batch_size": args.batch, "micro_train_batch_size": args.micro_batch, "max_len": 1024}

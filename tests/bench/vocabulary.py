@@ -76,7 +76,7 @@ def run(folder, args):
         return wrapped
 
     names = {"reference_logps": "reference", "start_engine": "load", "dpo_step": "forward and backward"}
-    names |= {"console_line": "optimizer", "save_model": "save"}
+    names |= {"report": "optimizer", "save_model": "save"}
     for name, phase in names.items():
         setattr(script, name, after(phase, getattr(script, name)))
     paths = {"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", "cache_dir": "cache"}
