@@ -106,7 +106,7 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
-        if self.temperature == 0 and self.best_of_n > 1:
+        if self.temperature <= 0 and self.best_of_n > 1:
             die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
@@ -263,6 +263,8 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
+        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
@@ -277,7 +279,7 @@ def as_messages(value, role):
     messages = []
     for turn in value:
         turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
-        if not isinstance(turn.get("content"), str):
+        if "role" not in turn or not isinstance(turn.get("content"), str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
     return messages
@@ -364,14 +366,15 @@ def row_texts(row, keys, chat):
 
 def scoring_items(i, row, keys, tokenizer, config, args):
     """The one Item of a row: texts for a reward function, or ids as a reward model or the policy reads it."""
-    prompt, response = row_texts(row, keys, args.apply_chat_template)
+    is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
+    if is_ours and args.eval_task == "logps":
+        prompt, response = row["input"], row["output"]
+    else:
+        prompt, response = row_texts(row, keys, args.apply_chat_template)
     if args.reward_fn:
         response = response if isinstance(response, str) else response["content"]
         return [Item((i, 0), prompt, response, row)]
     to_eos = args.eval_task == "logps" or is_openrlhf(config)
-    is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
-    if is_ours and args.eval_task == "logps":
-        prompt, response = row["input"], row["output"]
     if isinstance(prompt, str):
         if args.input_template and not is_ours:
             prompt = args.input_template.replace("{}", prompt)
@@ -773,19 +776,20 @@ def open_stage(args):
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["input files"] = [stamp(name.strip()) for name in names if name]
+    outputs = [path for path in (args.output_path, args.scored_path) if path]
     output, meta = Path(args.output_path), Path(f"{args.output_path}.meta.json")
-    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
-    if made_by == identity and output.exists():
+    record = json.loads(meta.read_text()) if meta.exists() else {"identity": {}}
+    if record["identity"] == identity and record["outputs"] == [stamp(path) for path in outputs]:
         note(f"done   {output} is complete and made by this command: nothing to do")
         shutil.rmtree(f"{output}.partial", ignore_errors=True)  # a kill may have left it
         return None, identity
     taken = [os.path.realpath(name.strip()) for name in names]
-    for path in filter(None, (args.output_path, args.scored_path)):
+    for path in outputs:
         if os.path.isdir(path) or os.path.realpath(path) in taken:
             die(f"{path} cannot be written: it is a folder, our input, or named twice")
         taken.append(os.path.realpath(path))
     if output.exists():
-        changed = [name for name, value in made_by.items() if identity.get(name) != value]
+        changed = [name for name, value in record["identity"].items() if identity.get(name) != value]
         note(f"notice {output} will be replaced: other {', '.join(changed) or 'content'}")
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(f"{output}.partial", command)
@@ -861,15 +865,15 @@ def write_outputs(rows, items, keys, folder, identity, args):
     processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
     choose = processors.get(args.post_processor)
     selected = choose(rows, keys, args) if choose else rows
-    meta = Path(f"{args.output_path}.meta.json")
-    meta.unlink(missing_ok=True)  # it tells of another output
     if args.scored_path:
         write_rows(args.scored_path, rows)
     write_rows(args.output_path, selected)
     summary = {"rows": len(rows), "selected": len(selected)}
     if args.eval_task == "rm":
         summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
-    write_rows(meta, [{"identity": identity, "summary": summary}])
+    stamps = [stamp(path) for path in (args.output_path, args.scored_path) if path]
+    meta = {"identity": identity, "outputs": stamps, "summary": summary}
+    write_rows(f"{args.output_path}.meta.json", [meta])
     shutil.rmtree(f"{args.output_path}.partial")
     note(f"saved  {args.output_path}  {summary}")
 

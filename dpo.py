@@ -128,6 +128,9 @@ class Args:
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
+        counts = ("train_batch_size", "max_len", "max_epochs", "max_steps", "max_ckpt_num")
+        if min(getattr(self, name) for name in counts) < 1:
+            die(f"--{', --'.join(counts)} must be 1 or more")
         self.save_path = os.path.realpath(self.save_path)  # of a link, the folder that it names
         if Path.cwd().is_relative_to(self.save_path):
             die(f"--save_path {self.save_path} will be replaced as a whole: name a folder below")
@@ -147,8 +150,8 @@ class Args:
         if self.loss_type not in LOSSES:
             die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
         takes = LOSSES[self.loss_type]
-        if not 0 <= self.label_smoothing < 0.5:
-            die("--label_smoothing must be 0 to below 0.5")
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+            die("--beta must be above 0, --label_smoothing from 0 to below 0.5")
         if self.label_smoothing and "smoothing" not in takes:
             die(f"--loss_type {self.loss_type} takes no --label_smoothing")
         if self.ref_pretrain and "reference" not in takes:
@@ -224,6 +227,8 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
+        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
@@ -238,7 +243,7 @@ def as_messages(value, role):
     messages = []
     for turn in value:
         turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
-        if not isinstance(turn.get("content"), str):
+        if "role" not in turn or not isinstance(turn.get("content"), str):
             raise ValueError("a message needs role and content, both text")
         messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
     return messages
@@ -260,24 +265,25 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     if not messages[-1]["content"].strip() and not sampled:  # a policy may end at once
         raise ValueError("empty response")
 
-    def render(n, **options):
-        """Text of the first n messages."""
+    def render(n, ask=False):
+        """Text of the first n messages, and of what asks for the next."""
         if plain:
             return "".join(message["content"] for message in messages[:n])
-        return tokenizer.apply_chat_template(messages[:n], tokenize=False, **options)
+        text = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=ask)
+        return text if ask else text.rstrip()  # many write a newline behind a turn, which is not trained
 
     text = render(len(messages))
-    encoded = tokenizer(text, add_special_tokens=plain and not sampled, return_offsets_mapping=True)
-    ids = np.array(encoded["input_ids"], dtype=np.int32)
-    ends = np.array(encoded["offset_mapping"])[:, 1]
+    adds_bos = plain and not sampled and not text.startswith(tokenizer.bos_token or "\0")  # else it is there
+    encoded = tokenizer(text, add_special_tokens=adds_bos, return_offsets_mapping=True)
+    ends = np.trim_zeros(np.array(encoded["offset_mapping"])[:, 1], "b")  # some tokenizers add EOS behind
+    ids = np.array(encoded["input_ids"][: len(ends)], dtype=np.int32)
     trained = np.zeros(len(ids), dtype=bool)
     for i in turns if multiturn else turns[-1:]:
         # From where the answer is asked for, so that what is trained is what will be asked for.
-        question = render(i, add_generation_prompt=True)
+        question = render(i, ask=True)
         asked = os.path.commonprefix([text, question])
         before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
-        # Many templates write a newline behind a turn, which is not trained.
-        answered = render(i + 1) if plain else render(i + 1).rstrip()
+        answered = render(i + 1)
         # Templates of reasoning models drop the thoughts of earlier turns.
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")
@@ -286,19 +292,13 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
 
 
 def finish(ids, trained, tokenizer, max_len, cut):
-    """Ends an encoded text with its last trained token, adds EOS unless it was cut, shortens to max_len."""
-    if trained.any():
-        last = trained.nonzero()[0][-1]
-        ids, trained = ids[: last + 1], trained[: last + 1]
-    # A trained special token: the template wrote its own end.
+    """Adds EOS unless the response was cut or the template wrote its own end; shortens to max_len."""
     special = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
     closed = special and trained[-1]
     if closed and cut:  # it is not the sampler's
         ids, trained = ids[:-1], trained[:-1]
     elif not closed and not cut:
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
-        ids, trained = ids[1:], trained[1:]
     trained[0] = False  # nothing predicts the first token
     if not trained[:max_len].any():
         raise ValueError("nothing to train within max_len")
@@ -412,15 +412,15 @@ def load_examples(names, probs, split, tokenizer, args):
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
-        advice = f"use --max_len {limit}, or raise max_position_embeddings in config.json"
-        die(f"--max_len {args.max_len}, but the model has {limit} positions: {advice}")
+        die(f"--max_len {args.max_len}: use --max_len {limit} or raise max_position_embeddings (config.json)")
     names = [name.strip() for name in names.split(",")]
     tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
-    if probs:
+    if probs and len(tables) > 1:
         n = sum(len(table) for table in tables)
         sizes = [round(float(share) * n) for share in probs.split(",")]
-        pairs = zip(tables, sizes, strict=True)
-        tables = [table.select(np.resize(np.arange(len(table)), size)) for table, size in pairs]
+        if len(sizes) != len(tables):
+            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
+        tables = [table.select(np.resize(np.arange(len(table)), size)) for table, size in zip(tables, sizes)]
     return datasets.concatenate_datasets(tables).with_format("numpy")
 
 
@@ -715,14 +715,17 @@ def deepspeed_config(path, args):
     }
 
 
-def load_model(path, args):
-    """The causal LM with our attention, every weight from the checkpoint, dropout off."""
+def load_model(path, args, config=None):
+    """The causal LM with our attention, all weights from the checkpoint, dropout off; config: DeepSpeed's."""
+    # While this object lives, a model is loaded in shards, never whole on one rank.
+    sharding = config and args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
     options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
     options["output_loading_info"] = True
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as e:  # of many types: a file that was cut off, another kind of model
         die(f"model {path!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+    del sharding
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
@@ -749,10 +752,7 @@ def start_engine(args, total_steps, wrapper):
     """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
     config = deepspeed_config(args.pretrain, args)
     torch.manual_seed(args.seed)
-    # While this object lives, a model is loaded in shards, never whole on one rank.
-    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
-    model = load_model(args.pretrain, args)
-    del partition_at_load
+    model = load_model(args.pretrain, args, config)
     if args.lora_rank:
         add_lora(model, args)
     if args.gradient_checkpointing:
@@ -808,9 +808,7 @@ def start_frozen(path, args, device, offload, wrapper):
     """A model for forward passes only, engine(pack): whole on each rank, under ZeRO-3 sharded over them."""
     config = deepspeed_config(path, args)
     config["zero_optimization"]["offload_param"] = {"device": "cpu" if offload else "none"}
-    partition_at_load = args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
-    model = wrapper(load_model(path, args)).requires_grad_(False).eval()
-    del partition_at_load
+    model = wrapper(load_model(path, args, config)).requires_grad_(False).eval()
     if args.zero_stage == 3:
         return deepspeed.initialize(model=model, config=config)[0]
     model.device = torch.device(device)  # as DeepSpeed's engines have it
@@ -870,12 +868,6 @@ def difference(folder, identity):
     return f"{', '.join(changed)} changed. If that is harmless, edit {path}" if changed else ""
 
 
-def checkpoints(args):
-    """Folders of all complete checkpoints, newest first."""
-    folders = Path(args.ckpt_path).glob("step_*[0-9]")  # no step_N.partial
-    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
-
-
 def publish(args):
     """Moves a finished model, <save_path>.partial, into place; what is no model file there survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
@@ -903,33 +895,32 @@ def open_run(args, identity):
     models = [*target.glob("*config.json"), *target.glob("*.safetensors")]  # of adapters, too
     if models and os.path.realpath(args.pretrain) != args.save_path:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
-    folders = checkpoints(args)
-    if folders:
-        changed = difference(folders[0], identity)
+    newest = max(Path(args.ckpt_path).glob("step_*[0-9]"), default=None)  # no step_N.partial
+    if newest:
+        changed = difference(newest, identity)
         if changed:
-            die(f"{folders[0]} is a checkpoint of another run, remove it: {changed}")
-        note(f"resume {folders[0]}")
+            die(f"{newest} is a checkpoint of another run, remove it: {changed}")
+        note(f"resume {newest}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         (partial / "metrics.jsonl").touch()
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    if not folders:
-        return 0
-    shutil.copy(folders[0] / "metrics.jsonl", partial)  # without the steps that come again
-    return int(folders[0].name[5:])
+    if newest:
+        shutil.copy(newest / "metrics.jsonl", partial)  # without the steps that come again
+    return int(newest.name[5:]) if newest else 0
 
 
 def save_checkpoint(engine, args, step, identity):
     """All that decides a run's future, in <ckpt_path>/step_N. Randomness is seeded by step: see main."""
-    partial = Path(args.ckpt_path, f"step_{step}.partial")
+    partial = Path(args.ckpt_path, f"step_{step:08}.partial")
     engine.save_checkpoint(args.ckpt_path, tag=partial.name, save_latest=False)  # ends in a barrier
     if dist.get_rank() == 0:
         shutil.copy(f"{args.save_path}.partial/metrics.jsonl", partial)
         (partial / "args.json").write_text(json.dumps(identity, indent=1))
         os.rename(partial, partial.with_suffix(""))
-        for folder in checkpoints(args)[args.max_ckpt_num :]:
+        for folder in sorted(Path(args.ckpt_path).glob("step_*[0-9]"))[: -args.max_ckpt_num]:
             shutil.rmtree(folder)
 
 
@@ -957,18 +948,20 @@ def save_model(engine, tokenizer, args, identity):
 # --- console and main
 
 
-def epoch_order(lengths, seed, epoch):
-    """A random order of the examples, the longest in front: where memory is short, step 1 shows it."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    if epoch == 0:
-        longest = np.flatnonzero(order == np.argmax(lengths))[0]
-        order[[0, longest]] = order[[longest, 0]]
-    return order
+def plan_steps(lengths, args):
+    """Yields the examples of each optimiser step, as numbers; every epoch has its own random order."""
+    for epoch in range(args.max_epochs):
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(lengths))
+        if epoch == 0:  # the longest in front: where memory is short, step 1 shows it
+            longest = np.flatnonzero(order == np.argmax(lengths))[0]
+            order[[0, longest]] = order[[longest, 0]]
+        yield from np.split(order, range(args.train_batch_size, len(order), args.train_batch_size))
 
 
-def mark_trained(ids, trained, tokenizer):
+def mark_trained(example, tokenizer):
     """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
-    edges = np.flatnonzero(np.diff(trained.astype(int))) + 1
+    ids = example["input_ids"]
+    edges = np.flatnonzero(np.diff(example["trained"])) + 1
     # Decoded from the start each time: tokens on their own would lose their blanks.
     texts = ["", *[tokenizer.decode(ids[:edge]) for edge in [*edges, len(ids)]]]
     pieces = [text[len(before) :] for before, text in zip(texts, texts[1:])]
@@ -983,10 +976,7 @@ def report(step, total_steps, metrics, seconds_left, args):
     with open(f"{args.save_path}.partial/metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
     if args.use_wandb:
-        import wandb
-
-        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        (wandb.run or wandb.init()).log(metrics, step=step)
+        sys.modules["wandb"].log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
@@ -1029,18 +1019,24 @@ def main(args):
     def take_step(table, indices, train=True):
         return dpo_step(engine, fetch(table, indices), references[table][indices], args, train)
 
-    shown = examples[0]
-    end = shown["ends"][1]
-    sample = mark_trained(shown["input_ids"][:end], shown["trained"][:end], tokenizer)
+    pair = examples[0]
+    chosen = {name: pair[name][: pair["ends"][1]] for name in ("input_ids", "trained")}
+    sample = mark_trained(chosen, tokenizer)
     # --- end algorithm
     if start_step:
-        engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step}")
+        engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")
     n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
     note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
+
+    if args.use_wandb and rank == 0:
+        import wandb
+
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        wandb.init()
 
     def evaluate():
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
@@ -1049,11 +1045,8 @@ def main(args):
     if held_out and start_step == 0:
         report(0, total_steps, evaluate(), 0, args)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
-    for step in range(start_step + 1, total_steps + 1):
-        epoch, place = divmod(step - 1, steps_per_epoch)
-        if place == 0 or step == start_step + 1:
-            order = epoch_order(lengths, args.seed, epoch)
-        batch = order[place * args.train_batch_size :][: args.train_batch_size]
+    batches = itertools.islice(plan_steps(lengths, args), start_step, total_steps)
+    for step, batch in enumerate(batches, start_step + 1):
         torch.manual_seed(args.seed + step * world_size + rank)  # so resuming needs no generator state
         began = time.time()
         metrics = take_step(examples, batch)

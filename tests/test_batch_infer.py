@@ -380,6 +380,8 @@ def test_the_same_command_does_nothing_another_replaces(home, tmp_path, capsys, 
     stamp = out.stat().st_mtime_ns
     assert run(home, "generate", out, tp_size=2, **flags) == first
     assert out.stat().st_mtime_ns == stamp and "nothing to do" in capsys.readouterr().out
+    out.write_text("edited")
+    assert run(home, "generate", out, **flags) == first
     assert run(home, "generate", out, seed=7, **flags) != first
     assert "will be replaced: other seed" in capsys.readouterr().out
     monkeypatch.setattr(script, "run_stage", lambda *args: None)  # as where nodes share no disk

@@ -290,14 +290,15 @@ def plain(tiny, other, tokenizer):
         assert all(text[: len(prompt)] == prompt for text in texts)
         pairs.append([([*text, tokenizer.eos_token_id][:100], len(prompt)) for text in texts])
     lengths = [len(chosen) + len(rejected) - n for (chosen, n), (rejected, _) in pairs]
-    order = dpo.epoch_order(np.array(lengths), seed=42, epoch=0)
+    flags = {"pretrain": tiny, "dataset": "", "train_batch_size": 24}
+    batches = [*dpo.plan_steps(np.array(lengths), dpo.Args(**flags))]
 
     @functools.cache
     def train(name):
         policy, ref, steps = load_plain(tiny), load_plain(other), []
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-        for begin in (0, 24, 48):
-            batch = [sequence for i in order[begin : begin + 24] for sequence in pairs[i]]
+        for numbers in batches:
+            batch = [sequence for i in numbers for sequence in pairs[i]]
             loss, metrics = plain_step(policy, ref, batch, name)
             optimizer.zero_grad()
             loss.backward()
@@ -405,7 +406,7 @@ BAD_INPUT = [  # rows, flags, what the error says
     ([GOOD], {"ref_pretrain": "no/such-model"}, "no/such-model"),
     ([GOOD], {"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing"),
     ([GOOD], {"loss_type": "simpo", "ref_pretrain": "other"}, "--ref_pretrain"),
-    ([GOOD], {"label_smoothing": 0.5}, "0 to below 0.5"),
+    ([GOOD], {"beta": 0.0}, "--beta must be above 0"),
 ]
 
 

@@ -102,12 +102,12 @@ def reference(tiny, tokenizer, rows_file):
     for row in map(json.loads, open(rows_file)):
         ids = tokenizer(row["input"] + row["output"])["input_ids"] + [tokenizer.eos_token_id]
         rows.append((ids[: SETTINGS["max_len"]], len(tokenizer(row["input"])["input_ids"])))
-    order = sft.epoch_order(np.array([len(ids) for ids, _ in rows]), 42, 0)
+    batches = [*sft.plan_steps(np.array([len(ids) for ids, _ in rows]), make_args(train_batch_size=24))]
     model = eager(tiny)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     metrics = {"loss": [], "grad_norm": [], "eval/loss": [mean_loss(model, rows).item()]}
-    for begin in (0, 24, 48):
-        loss = mean_loss(model, [rows[i] for i in order[begin : begin + 24]])
+    for batch in batches:
+        loss = mean_loss(model, [rows[i] for i in batch])
         optimizer.zero_grad()
         loss.backward()
         metrics["loss"].append(loss.item())
@@ -245,18 +245,14 @@ def test_checkpointed_layers_are_computed_again(run, tmp_path):
     assert calls == [10, 20]
 
 
-def test_every_epoch_has_its_own_order(run):
-    with mock.patch.object(sft, "epoch_order", wraps=sft.epoch_order) as spy:
-        assert run(max_epochs=3) == 0
-    assert [call.args[2] for call in spy.call_args_list] == [0, 1, 2]
-
-
-def test_the_longest_example_is_first():
+def test_every_epoch_has_its_own_order():
+    """Each example once; the longest one is in the very first step."""
     lengths = np.array([3, 1, 9, 4, 9])
     for seed in range(5):
-        order = sft.epoch_order(lengths, seed, 0)
-        assert order[0] == 2 and sorted(order) == [0, 1, 2, 3, 4]
-    assert len({tuple(sft.epoch_order(lengths, 0, epoch)) for epoch in range(1, 9)}) > 4
+        steps = [*sft.plan_steps(lengths, make_args(seed=seed, max_epochs=9, train_batch_size=2))]
+        assert [len(step) for step in steps] == [2, 2, 1] * 9 and steps[0][0] == 2
+        orders = [(*steps[i], *steps[i + 1], *steps[i + 2]) for i in range(0, 27, 3)]
+        assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and len(set(orders)) > 4
 
 
 # --- rows: which tokens are read, which are trained
@@ -362,7 +358,7 @@ def test_blanks_of_sentencepiece():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="<eos>")
     ids, trained = sft.encode("red", " old river", tokenizer, make_args())
     assert ids.tolist() == [2, 3, 4, 0] and trained.tolist() == [False, True, True, True]
-    assert sft.mark_trained(ids, trained, tokenizer) == repr("red[ old river<eos>]")
+    assert sft.mark_trained({"input_ids": ids, "trained": trained}, tokenizer) == repr("red[ old river<eos>]")
 
 
 # --- the table of examples
@@ -535,7 +531,7 @@ def test_another_run_is_named(complete, tiny, run, tmp_path, monkeypatch, capsys
     with monkeypatch.context() as patch:
         die_at_move(99 if complete else 2, tmp_path, patch)
         assert run(MyArgs, **flags) == (0 if complete else "killed")
-    folder = tmp_path / ("out" if complete else "out.ckpt/step_1")
+    folder = tmp_path / ("out" if complete else "out.ckpt/step_00000001")
     before = snapshot(folder)
 
     def changes(**changed):
@@ -672,7 +668,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
     "template rewrites an answer": (FORGETS | {"multiturn": True}, chat_row(*THINKING), ["rewrites earlier turns"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT[:2]), ["chat template|chat_template"]),
-    "no template for text": (CHAT_FLAG | {"pretrain": "plain"}, GOOD, ["chat template|chat_template"]),
+    "no template for text": (CHAT_FLAG | {"pretrain": "plain"}, GOOD, ["--tokenizer_chat_template"]),
     # --- models and outputs
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder nor"]),
     "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
@@ -682,6 +678,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "this folder": ({"save_path": "."}, GOOD, ["--save_path /", "a folder below"]),
     "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path .*rows.jsonl/out", "Not a directory"]),
     # --- flags
+    "max_steps": ({"max_steps": -1}, GOOD, ["--max_steps, --max_ckpt_num must be 1 or more"]),
     "output_key": ({"output_key": "output"}, GOOD, ["--output_key needs --input_key"]),
 }  # fmt: skip
 
