@@ -13,7 +13,7 @@ token's KL(q || p) is descended exactly; MiniLLM (arXiv:2306.08543) adds the cre
 Deviations from the usual trainer: those of sft.py (exact under any split of a step, no padding), and
  1. The heads of student and teacher run over the same chunks: no [tokens, vocabulary] of either exists.
  2. KD is over the tokenizer's vocabulary; CE is over the student's, padding included, as in sft.py.
- 3. --teacher_topk K: its K likeliest tokens, and all others as one, are kept on disk, and serve in its place.
+ 3. --teacher_topk K: the teacher's K likeliest tokens, and all others as one, are kept on disk and replace it.
 
 A data row: as for sft.py, {"input": "Q: 2+2?\\nA:", "output": " 4"} or {"messages": [...]}
 
@@ -288,7 +288,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def encode_row(row, tokenizer, args):
+def encode_example(row, tokenizer, args):
     """The examples of a row, here just one: the first columns of FEATURES."""
     # Known columns of prompt and response: the first that fit.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
@@ -313,7 +313,7 @@ def encode_row(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
@@ -344,7 +344,7 @@ def stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def encode_table(name, split, tokenizer, vocab_size, args):
+def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
@@ -358,7 +358,7 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides += [getattr(args, flag) for flag in flags]
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, rows, name, tokenizer, vocab_size, args),
+        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
@@ -376,14 +376,14 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     return table.select(np.flatnonzero(usable))
 
 
-def load_examples(names, probs, split, tokenizer, args):
+def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         die(f"--max_len {args.max_len}: use --max_len {limit} or raise max_position_embeddings (config.json)")
-    names = [name.strip() for name in names.split(",")]
-    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
+    options = (split, encode_row, tokenizer, config.vocab_size, args)
+    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
         n = sum(len(table) for table in tables)
         sizes = [round(float(share) * n) for share in probs.split(",")]
@@ -948,11 +948,17 @@ def main(args):
     if rank == 0:
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
+    # --- algorithm: kd (inputs)
+    encoding = (encode_example, tokenizer, args)
+    if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
+        die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
+    args.teacher_topk = min(args.teacher_topk, len(tokenizer))
+    # --- end algorithm
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
     held_out = []
     if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
@@ -966,11 +972,8 @@ def main(args):
     if start_step is None:
         return
 
-    # --- algorithm: kd
+    # --- algorithm: kd (model)
     transformers.AttentionInterface.register("packed", packed_attention)
-    if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
-        die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
-    args.teacher_topk = min(args.teacher_topk, len(tokenizer))
     wrapper = functools.partial(Distill, vocab_size=len(tokenizer), args=args)
     teacher, topk = None, {}
     if args.teacher_topk:

@@ -274,7 +274,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def encode_row(row, tokenizer, args):
+def encode_example(row, tokenizer, args):
     """The examples of a row, here just one: the first columns of FEATURES."""
     # Known columns of prompt and response: the first that fit.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
@@ -299,7 +299,7 @@ def encode_row(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, rows, name, tokenizer, vocab_size, args):
+def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
     for i in itertools.chain(*spans):
         row, reason = rows[i], ""
@@ -330,7 +330,7 @@ def stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def encode_table(name, split, tokenizer, vocab_size, args):
+def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
     """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
     rows = open_rows(name, split, args.cache_dir)
     n = min(len(rows), args.max_samples)
@@ -344,7 +344,7 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     decides += [getattr(args, flag) for flag in flags]
     num_proc = args.num_proc or len(os.sched_getaffinity(0))
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, rows, name, tokenizer, vocab_size, args),
+        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
@@ -362,14 +362,14 @@ def encode_table(name, split, tokenizer, vocab_size, args):
     return table.select(np.flatnonzero(usable))
 
 
-def load_examples(names, probs, split, tokenizer, args):
+def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         die(f"--max_len {args.max_len}: use --max_len {limit} or raise max_position_embeddings (config.json)")
-    names = [name.strip() for name in names.split(",")]
-    tables = [encode_table(name, split, tokenizer, config.vocab_size, args) for name in names]
+    options = (split, encode_row, tokenizer, config.vocab_size, args)
+    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
     if probs and len(tables) > 1:
         n = sum(len(table) for table in tables)
         sizes = [round(float(share) * n) for share in probs.split(",")]
@@ -806,11 +806,14 @@ def main(args):
     if rank == 0:
         publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
+    # --- algorithm: sft (inputs)
+    encoding = (encode_example, tokenizer, args)
+    # --- end algorithm
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
     held_out = []
     if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
@@ -824,7 +827,7 @@ def main(args):
     if start_step is None:
         return
 
-    # --- algorithm: sft
+    # --- algorithm: sft (model)
     transformers.AttentionInterface.register("packed", packed_attention)
     engine = start_engine(args, total_steps, LogProbs)
     check_attention(engine, args)

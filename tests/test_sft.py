@@ -316,7 +316,7 @@ def encode(row, folder, **flags):
     """(text before the first trained token, [text of each trained stretch], ids) of a row."""
     args = make_args(pretrain=folder, **flags)
     tokenizer = sft.load_tokenizer(folder, args)
-    (example,) = sft.encode_row(row, tokenizer, args)
+    (example,) = sft.encode_example(row, tokenizer, args)
     ids, trained = example["input_ids"], example["trained"]
     edges = np.flatnonzero(np.diff(trained.astype(int), append=0, prepend=0)).reshape(-1, 2)
     texts = [tokenizer.decode(ids[begin:end]) for begin, end in edges]
@@ -370,7 +370,7 @@ def examples_of(tiny, tokenizer):
 
     def call(names, **flags):
         args = make_args(pretrain=tiny, **flags)
-        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, tokenizer, args).with_format(None)
+        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, sft.encode_example, tokenizer, args).with_format(None)
 
     return call
 
@@ -415,7 +415,7 @@ def test_rows_are_encoded_once(examples_of, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", make_rows(5))
 
     def encodes(**flags):
-        with mock.patch.object(sft, "encode_row", wraps=sft.encode_row) as spy:
+        with mock.patch.object(sft, "encode_example", wraps=sft.encode_example) as spy:
             n = len(examples_of(path, **flags))
         assert spy.call_count in (0, n)
         return spy.called
