@@ -13,7 +13,7 @@ token's KL(q || p) is descended exactly; MiniLLM (arXiv:2306.08543) adds the cre
 Deviations from the usual trainer: those of sft.py (exact under any split of a step, no padding), and
  1. The heads of student and teacher run over the same chunks: no [tokens, vocabulary] of either exists.
  2. KD is over the tokenizer's vocabulary; CE is over the student's, padding included, as in sft.py.
- 3. --teacher_topk K: the teacher's K likeliest tokens, and all others as one, are kept on disk and replace it.
+ 3. --teacher_topk K: the teacher's K likeliest tokens, and all others as one, are stored and replace it.
 
 A data row: as for sft.py, {"input": "Q: 2+2?\\nA:", "output": " 4"} or {"messages": [...]}
 
