@@ -62,7 +62,7 @@ def test_splits_give_the_same_steps(tiny, tmp_path):
 
 
 def plain_metrics(rows, models, tokenizer):
-    """z0 and loss of all rows as one step, each sequence alone through Hugging Face's own forward."""
+    """What kto.py should log for all rows as one step, each sequence alone through Hugging Face's own forward."""
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in models]
 
     def ratio(row, response):
@@ -76,10 +76,13 @@ def plain_metrics(rows, models, tokenizer):
 
     partners = next_other([row["prompt"] for row in rows], seed=42)
     z0 = max(0.0, np.mean([ratio(row, rows[j]["completion"]) for row, j in zip(rows, partners)]))
-    h = [0.1 * (ratio(row, row["completion"]) - z0) for row in rows]
+    rewards = [0.1 * ratio(row, row["completion"]) for row in rows]
+    h = [reward - 0.1 * z0 for reward in rewards]
     signs = [(1.5, 1) if row["label"] else (0.5, -1) for row in rows]
     losses = [weight / (1 + math.exp(sign * x)) for (weight, sign), x in zip(signs, h)]
-    return {"kl": z0, "loss": np.mean(losses)}
+    good, bad = ([r for r, row in zip(rewards, rows) if row["label"] == label] for label in (True, False))
+    means = {"rewards/chosen": np.mean(good), "rewards/rejected": np.mean(bad)}
+    return {"kl": z0, "loss": np.mean(losses), **means, "rewards/margins": np.mean(good) - np.mean(bad)}
 
 
 def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, tmp_path):
