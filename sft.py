@@ -40,7 +40,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are encoded by several processes instead
 
-import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -67,14 +66,13 @@ class Args:
     lora_dropout: float = 0.0  # dropout before the adapters, drawn in each pass; all other dropout is off
     tokenizer_chat_template: str | None = None  # Jinja text or its file, in place of the model's own template
 
-    # comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)
-    dataset: str = tyro.MISSING
+    dataset: str = tyro.MISSING  # comma list: jsonl, json, csv, parquet or arrow, a folder, a hub NAME@SUBSET
     dataset_probs: str | None = None  # comma list: the share of all rows that each dataset gets
     dataset_split: str = "train"  # split of --dataset, where it has splits
     max_samples: int = 100_000_000  # use the first this many rows of each dataset
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
-    num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
+    num_proc: int = len(os.sched_getaffinity(0))  # processes that encode rows
     cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else is computed once; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
@@ -123,8 +121,6 @@ class Args:
         self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
-        if self.output_key and not self.input_key:
-            die("--output_key needs --input_key")
         if self.input_template and "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
@@ -140,12 +136,11 @@ FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wa
 FEATURES = Features(  # the columns of an encoded row
     input_ids=List(Value("int32")),
     trained=List(Value("bool")),  # is the token part of the loss?
-    length=Value("int32"),  # tokens fed; 0: the row cannot be used
+    length=Value("int32"),  # tokens fed
     n_trained=Value("int32"),
     where=Value("string"),  # file:row
-    reason=Value("string"),  # why it cannot be used
+    reason=Value("string"),  # why the row cannot be used, or null
 )
-HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
 # --- rows and tokens
@@ -168,8 +163,6 @@ def open_rows(name, split, cache_dir=None):
     """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        die(f"dataset {name!r} has no rows")
     try:
         if kind == "jsonl":
             # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
@@ -184,37 +177,31 @@ def open_rows(name, split, cache_dir=None):
             return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        cause = e.__cause__ or e
-        die(f"dataset {name!r}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}")
 
 
 def load_tokenizer(path, args):
     """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
-        transformers.AutoConfig.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
-        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
 def as_messages(value, role):
     """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
-    if isinstance(value, (str, int, float)):
-        return [{"role": role, "content": str(value)}]
-    if not isinstance(value, list):
-        raise ValueError(f"neither text nor messages but {type(value).__name__}")
     keys = {"from": "role", "value": "content"}  # ShareGPT's
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
-    for turn in value:
+    for turn in value if isinstance(value, list) else [{"role": role, "content": value}]:
         turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
-        if "role" not in turn or not isinstance(turn.get("content"), str):
-            raise ValueError("a message needs role and content, both text")
-        messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
+        if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
+            raise ValueError("neither text nor messages with role and content")
+        turn["role"] = roles.get(turn["role"], turn["role"])
+        turn["content"] = str(turn["content"])
+        messages.append(turn)
     return messages
 
 
@@ -223,16 +210,14 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     sampled = finish_reason is not None  # by batch_infer.py, whose prompt holds template and BOS already
     listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
     plain = not listed and (sampled or not args.apply_chat_template)  # its template just joins the parts
-    messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
-        messages[0]["content"] = template.replace("{}", messages[0]["content"])
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or turns[0] == 0:
-        raise ValueError("no assistant turn after a prompt")
-    messages = messages[: turns[-1] + 1]
-    if not messages[-1]["content"].strip() and not sampled:  # a policy may end at once
-        raise ValueError("empty response")
+        prompt = template.replace("{}", str(prompt))
+    messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
+        raise ValueError("empty response or no assistant turn")
 
     def render(n, ask=False):
         """Text of the first n messages, and of what asks for the next."""
@@ -247,6 +232,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     ends = np.trim_zeros(np.array(encoded["offset_mapping"])[:, 1], "b")  # some tokenizers add EOS behind
     ids = np.array(encoded["input_ids"][: len(ends)], dtype=np.int32)
     trained = np.zeros(len(ids), dtype=bool)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns if multiturn else turns[-1:]:
         # From where the answer is asked for, so that what is trained is what will be asked for.
         question = render(i, ask=True)
@@ -276,47 +262,45 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 def encode_example(row, tokenizer, args):
     """The examples of a row, here just one: the first columns of FEATURES."""
-    # Known columns of prompt and response: the first that fit.
+    # Columns of prompt and response, the first that fit. None: there is none.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
+    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), (None, "text")]
     if {"input", "output", "finish_reason"} <= set(row):  # other columns are the prompt before its template
         layouts = [("input", "output")]
-    if args.input_key:
-        layouts = [(args.input_key, args.output_key)]
-    fitting = [keys for keys in layouts if set(keys) - {None} <= set(row)]
+    if args.input_key or args.output_key:
+        layouts = [(args.input_key or "input", args.output_key)]
+    if args.pretrain_mode:
+        layouts = [(None, args.input_key or "text")]
+    fitting = [keys for keys in layouts if {*keys} <= {None, *row}]
     if not fitting:
         raise ValueError(f"--input_key, --output_key: there are columns {', '.join(row)}, not {layouts}")
     prompt_key, response_key = fitting[0]
-    prompt = row[prompt_key]
-    response = row[response_key] if response_key else []
-    if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
-        prompt, response = "", prompt
-        if not isinstance(response, str):
-            raise ValueError("--pretrain_mode takes plain text")
-    if prompt_key == "instruction" and prompt is not None and row.get("input"):  # Alpaca's rows
-        prompt = f"{prompt}\n\n{row['input']}"
+    prompt, response = row.get(prompt_key, ""), row.get(response_key, [])
+    if prompt_key is None and not isinstance(response, str):
+        raise ValueError(f"{response_key} is not plain text")
+    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = prompt + "\n\n" + row["input"]
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
-    """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
-    for i in itertools.chain(*spans):
-        row, reason = rows[i], ""
-        try:
-            if row == "":
-                raise ValueError("blank line")
-            row = json.loads(row) if isinstance(row, str) else row
-            examples = encode_row(row, tokenizer, args)
-            if max(example["input_ids"].max() for example in examples) >= vocab_size:
-                raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
-        except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as e:
-            reason = str(e).partition("\n")[0][:200] or type(e).__name__
-            examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
-        for example in examples:
-            example |= {"where": f"{name}:{i + 1}", "reason": reason}
-            example |= {"length": len(example["input_ids"]), "n_trained": int(np.sum(example["trained"]))}
-            yield example
+def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
+    """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
+    for name, rows, numbers in spans:
+        for i in numbers:
+            row = rows[i]
+            if row == "":  # a blank line
+                continue
+            where = {"where": f"{name}:{i + 1}"}
+            try:
+                row = json.loads(row) if isinstance(row, str) else row
+                for example in encode_row(row, tokenizer, args):
+                    ids = example["input_ids"]
+                    if ids.max() >= vocab_size:
+                        raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
+                    yield example | where | {"length": len(ids), "n_trained": example["trained"].sum()}
+            except Exception as e:  # of many types: a chat template may raise anything
+                yield where | {"reason": str(e).partition("\n")[0][:200]}
 
 
 def stamp(name):
@@ -330,59 +314,51 @@ def stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
-    """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
-    rows = open_rows(name, split, args.cache_dir)
-    n = min(len(rows), args.max_samples)
-    if n < 1:
-        die(f"dataset {name!r} has no rows")
-    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
-    code = Path(__file__).read_text().partition("\n# --- packing")[0]
-    flags = sorted({flag for flag in vars(args) if f"args.{flag}" in code} - {"pretrain", *FREE_FLAGS})
-    decides = [name, split, stamp(name), getattr(rows, "_fingerprint", None), vocab_size, code]
-    decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    decides += [getattr(args, flag) for flag in flags]
-    num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
-        features=FEATURES,
-        cache_dir=f"{args.cache_dir}/rows",
-        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
-        num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
-        fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
-    )
-    usable = table.data["length"].to_numpy() > 0
-    dropped = table.select(np.flatnonzero(~usable)).to_pandas()
-    for reason, group in dropped.groupby("reason"):
-        note(f"dropped {len(group):,} of {n:,} rows: {reason}; the first: {group['where'].iloc[0]}")
-    n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
-    if n_faulty > args.max_drop_ratio * n or not usable.any():
-        cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
-        die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
-    return table.select(np.flatnonzero(usable))
-
-
 def load_examples(names, probs, split, encode_row, tokenizer, args):
-    """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
+    """A table of the examples of a comma list of datasets, encoded once per node or found again."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         die(f"--max_len {args.max_len}: use --max_len {limit} or raise max_position_embeddings (config.json)")
-    options = (split, encode_row, tokenizer, config.vocab_size, args)
-    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
-    if probs and len(tables) > 1:
-        n = sum(len(table) for table in tables)
-        sizes = [round(float(share) * n) for share in probs.split(",")]
-        if len(sizes) != len(tables):
-            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
-        tables = [table.select(np.resize(np.arange(len(table)), size)) for table, size in zip(tables, sizes)]
-    return datasets.concatenate_datasets(tables).with_format("numpy")
+    names = [name.strip() for name in names.split(",")]
+    tables = [open_rows(name, split, args.cache_dir) for name in names]
+    sizes = [min(len(rows), args.max_samples) for rows in tables]
+    wanted = sizes
+    if probs:
+        wanted = [round(float(share) * sum(sizes)) for share in probs.split(",")]
+    spans = []  # to be dealt to processes
+    for name, rows, size, n in zip(names, tables, sizes, wanted, strict=True):
+        numbers = np.resize(np.arange(size), n)  # where they are too few, from the first again
+        spans += [(name, rows, part) for part in np.array_split(numbers, n // 256 + 1)]
+    n = sum(wanted)
 
+    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
+    code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    decides = [names, probs, split, [stamp(name) for name in names], config.vocab_size, code]
+    decides += [getattr(rows, "_fingerprint", None) for rows in tables]
+    decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    kept = {"pretrain", *FREE_FLAGS}
+    decides += [value for flag, value in vars(args).items() if f"args.{flag}" in code and flag not in kept]
+    table = datasets.Dataset.from_generator(
+        lambda spans: encode_rows(spans, encode_row, tokenizer, config.vocab_size, args),
+        features=FEATURES,
+        cache_dir=f"{args.cache_dir}/rows",
+        gen_kwargs={"spans": spans},
+        num_proc=args.num_proc if n >= 2000 else 1,  # fewer rows do not pay for a process
+        fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
+    )
 
-def fetch(table, indices):
-    """Rows of the table as examples: {column: array or number}."""
-    columns = table[indices]
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+    usable = table.data["reason"].is_null().to_numpy()
+    dropped = table.select(np.flatnonzero(~usable)).to_pandas()
+    for reason, where in dropped.groupby("reason")["where"]:
+        note(f"dropped {len(where):,} of {n:,} rows: {reason}; the first: {where.iloc[0]}")
+    if len(dropped) > args.max_drop_ratio * n:
+        why = f"{dropped['where'][0]}: {dropped['reason'][0]}"
+        die(f"{len(dropped):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {why}")
+    table = table.select(np.flatnonzero(usable)).with_format("numpy")
+    n_tokens, n_trained = table["length"][:].sum(), table["n_trained"][:].sum()
+    note(f"data   {n:,} rows, {len(table):,} examples, {n_tokens:,} tokens, {n_trained:,} of them trained")
+    return table
 
 
 # --- packing, attention, log-probabilities, the step
@@ -814,7 +790,7 @@ def main(args):
     held_out = []
     if args.eval_dataset:
         held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
-    lengths, n_trained = examples["length"][:], examples["n_trained"][:]
+    lengths = examples["length"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:
@@ -833,7 +809,7 @@ def main(args):
     check_attention(engine, args)
 
     def take_step(examples, indices, train=True):
-        return sft_step(engine, fetch(examples, indices), args, train)
+        return sft_step(engine, examples.__getitems__(indices), args, train)
 
     sample = mark_trained(examples[0], tokenizer)
     # --- end algorithm
@@ -842,7 +818,6 @@ def main(args):
     n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
     note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
-    note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
 
