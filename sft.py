@@ -183,6 +183,7 @@ def open_rows(name, split, cache_dir=None):
 def load_tokenizer(path, args):
     """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
+        transformers.AutoConfig.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
@@ -210,14 +211,14 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     sampled = finish_reason is not None  # by batch_infer.py, whose prompt holds template and BOS already
     listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
     plain = not listed and (sampled or not args.apply_chat_template)  # its template just joins the parts
+    messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
-        prompt = template.replace("{}", str(prompt))
-    messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+        messages[0]["content"] = template.replace("{}", messages[0]["content"])
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    if not messages or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
-        raise ValueError("empty response or no assistant turn")
+    if len(messages) < 2 or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
+        raise ValueError("no assistant turn after a prompt, or an empty response")
 
     def render(n, ask=False):
         """Text of the first n messages, and of what asks for the next."""
@@ -278,8 +279,8 @@ def encode_example(row, tokenizer, args):
     prompt, response = row.get(prompt_key, ""), row.get(response_key, [])
     if prompt_key is None and not isinstance(response, str):
         raise ValueError(f"{response_key} is not plain text")
-    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-        prompt = prompt + "\n\n" + row["input"]
+    if prompt_key == "instruction" and prompt is not None and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
     return [{"input_ids": ids, "trained": trained}]
 
@@ -325,11 +326,11 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     sizes = [min(len(rows), args.max_samples) for rows in tables]
     wanted = sizes
     if probs:
-        wanted = [round(float(share) * sum(sizes)) for share in probs.split(",")]
+        wanted = [round(float(prob) * sum(sizes)) for prob in probs.split(",")]
     spans = []  # to be dealt to processes
-    for name, rows, size, n in zip(names, tables, sizes, wanted, strict=True):
-        numbers = np.resize(np.arange(size), n)  # where they are too few, from the first again
-        spans += [(name, rows, part) for part in np.array_split(numbers, n // 256 + 1)]
+    for name, rows, size, share in zip(names, tables, sizes, wanted, strict=True):
+        numbers = np.resize(np.arange(size), share)  # where they are too few, from the first again
+        spans += [(name, rows, part) for part in np.array_split(numbers, share // 256 + 1)]
     n = sum(wanted)
 
     # All that decides an example: the code up to the packing, the flags that it reads, and what they name.

@@ -137,7 +137,7 @@ def run_step(script, name, args, table):
             teacher = script.start_frozen(args.teacher_model, args, GPU, False, wrapper)
         wrapper = functools.partial(wrapper, teacher=teacher)
     engine = script.start_engine(args, 3, wrapper)
-    examples = script.fetch(table, range(2))
+    examples = table.__getitems__(range(2))
     if name == "kd" and args.teacher_topk:
         rows = [np.zeros((example["n_trained"], 11), np.float32) for example in examples]
     ref_logps = np.zeros((2, 2))

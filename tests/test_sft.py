@@ -424,7 +424,7 @@ def test_rows_are_encoded_once(examples_of, tmp_path, monkeypatch):
     edit(monkeypatch, "-per_token_logps.sum()", tmp_path)
     assert not encodes(learning_rate=1.0, num_proc=2)
     assert encodes(max_len=50) and not encodes(max_len=50)
-    edit(monkeypatch, "empty response or ", tmp_path)
+    edit(monkeypatch, ", or an empty response", tmp_path)
     assert encodes() and not encodes()
     write_rows(path, make_rows(6))
     assert encodes() and not encodes()
@@ -444,7 +444,7 @@ def test_reasons_are_counted(examples_of, tmp_path, capsys):
         file.write('{"input": "the writer was killed he')
     assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
-    assert f"dropped 2 of 50 rows: empty response or no assistant turn; the first: {path}:48" in said
+    assert f"dropped 2 of 50 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48" in said
     assert f"dropped 1 of 50 rows: nothing to train within max_len; the first: {path}:47" in said
     assert f"the first: {path}:50" in said and said.count("\n") == 4
     with pytest.raises(SystemExit, match="2"):
