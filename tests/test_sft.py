@@ -283,11 +283,13 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "a template": (QA, {"input_template": "User: {}\\nA:"}, "User: red\nA:", [" old<eos>"]),
     "braces of the prompt": (QA | {"input": "{x} {}"}, {"input_template": "Q {}:"}, "Q {x} {}:", [" old<eos>"]),
     "key flags": (QA | {"q": "a", "a": "b"}, {"input_key": "q", "output_key": "a"}, "a", ["b<eos>"]),
+    "output_key": (QA | {"a": "b"}, {"output_key": "a"}, "red", ["b<eos>"]),
     "numbers": ({"question": 3, "answer": 4.5}, {}, "3", ["4.5<eos>"]),
     "messages": ({"messages": CHAT}, {}, PROMPT, ["walls<eos>"]),
     "every turn": ({"messages": CHAT}, {"multiturn": True}, FIRST, ["river<eos>", "walls<eos>"]),
     "ShareGPT": ({"conversations": SHAREGPT}, {}, PROMPT, ["walls<eos>"]),
     "a turn behind the last answer": ({"messages": [*CHAT, CHAT[0]]}, {}, PROMPT, ["walls<eos>"]),
+    "a greeting": ({"messages": CHAT[1:]}, {}, PROMPT.removeprefix("<|user|>red?<eos>\n"), ["walls<eos>"]),
     "system": ({"messages": [SYSTEM, *CHAT[:2]]}, {}, f"<|system|>be old<eos>\n{FIRST}", ["river<eos>"]),
     "text in the chat template": (QA | {"input": "red?"}, CHAT_FLAG, FIRST, [" old<eos>"]),
     "two columns of messages": ({"prompt": CHAT[:3], "completion": CHAT[3:]}, {}, PROMPT, ["walls<eos>"]),
@@ -437,19 +439,19 @@ def test_number_of_processes_has_no_effect(examples_of, tmp_path):
 
 
 def test_reasons_are_counted(examples_of, tmp_path, capsys):
-    """Up to --max_drop_ratio of the rows may be unusable."""
+    """Up to --max_drop_ratio of the rows may be unusable; a blank line is none."""
     rows = [*make_rows(46), QA | {"input": "red " * 200}, QA | {"output": ""}, QA | {"output": " "}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with open(path, "a") as file:
-        file.write('{"input": "the writer was killed he')
+        file.write('\n{"input": "the writer was killed he')
     assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
-    assert f"dropped 2 of 50 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48" in said
-    assert f"dropped 1 of 50 rows: nothing to train within max_len; the first: {path}:47" in said
-    assert f"the first: {path}:50" in said and said.count("\n") == 4
+    assert f"dropped 2 of 51 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48" in said
+    assert f"dropped 1 of 51 rows: nothing to train within max_len; the first: {path}:47" in said
+    assert f"the first: {path}:51" in said and "data   51 rows, 46 examples" in said and said.count("\n") == 4
     with pytest.raises(SystemExit, match="2"):
         examples_of(path, max_drop_ratio=0.05)
-    assert "4 of 50 rows cannot be used (--max_drop_ratio 0.05)" in capsys.readouterr().err
+    assert "4 of 51 rows cannot be used (--max_drop_ratio 0.05)" in capsys.readouterr().err
 
 
 # --- saving
