@@ -303,19 +303,20 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def split_response(row, prompt_key, response_key, args):
-    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
+def encode_response(row, prompt_key, response_key, tokenizer, args):
+    """As encode; conversations, and text as in hh-rlhf, have their prompt in the response."""
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
-        return [], response
-    if prompt is not None and prompt_key != response_key:
-        if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-            prompt = f"{prompt}\n\n{row['input']}"
-        return prompt, response
-    head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark or args.apply_chat_template:  # text as in hh-rlhf has no turns to render
-        raise ValueError(f"no prompt among {', '.join(row)}")
-    return head + mark, answer
+        prompt = []
+    elif prompt is None or prompt_key == response_key:
+        head, mark, response = str(response).rpartition("\n\nAssistant:")
+        if not mark or args.apply_chat_template:  # such text has no turns to render
+            raise ValueError(f"no prompt among {', '.join(row)}")
+        prompt = head + mark
+    elif prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    finish_reason = row.get(f"{response_key}_finish_reason", row.get("finish_reason"))
+    return encode(prompt, response, tokenizer, args, finish_reason)
 
 
 def encode_pair(row, tokenizer, args):
@@ -326,8 +327,7 @@ def encode_pair(row, tokenizer, args):
     for name, key in (("chosen", args.chosen_key), ("rejected", args.rejected_key)):
         if key not in row:
             raise ValueError(f"no column {key} (--{name}_key) but {', '.join(row)}")
-        prompt, response = split_response(row, prompt_key, key, args)
-        sides.append(encode(prompt, response, tokenizer, args, row.get(f"{name}_finish_reason")))
+        sides.append(encode_response(row, prompt_key, key, tokenizer, args))
     (chosen, chosen_trained), (rejected, rejected_trained) = sides
     if np.array_equal(chosen, rejected):  # perhaps only because both were cut
         raise ValueError("chosen == rejected")

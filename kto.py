@@ -286,26 +286,26 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def split_response(row, prompt_key, response_key, args):
-    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
+def encode_response(row, prompt_key, response_key, tokenizer, args):
+    """As encode; conversations, and text as in hh-rlhf, have their prompt in the response."""
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
-        return [], response
-    if prompt is not None and prompt_key != response_key:
-        if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-            prompt = f"{prompt}\n\n{row['input']}"
-        return prompt, response
-    head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark or args.apply_chat_template:
-        needs = "text as in hh-rlhf needs none, without --apply_chat_template"
-        raise ValueError(f"no prompt among {', '.join(row)} ({needs})")
-    return head + mark, answer
+        prompt = []
+    elif prompt is None or prompt_key == response_key:
+        head, mark, response = str(response).rpartition("\n\nAssistant:")
+        if not mark or args.apply_chat_template:  # such text has no turns to render
+            raise ValueError(f"no prompt among {', '.join(row)}")
+        prompt = head + mark
+    elif prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    finish_reason = row.get(f"{response_key}_finish_reason", row.get("finish_reason"))
+    return encode(prompt, response, tokenizer, args, finish_reason)
 
 
 def encode_labelled(row, tokenizer, args):
     """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
     prompts = ("prompt", "instruction", "input", "question")
-    if {"input", "finish_reason"} <= set(row):  # other columns are the prompt before its template
+    if "finish_reason" in row:  # sampled: other columns are the prompt before its template
         prompts = ("input",)
     responses = ("chosen", args.input_key, "completion", "output", "response", "messages", "conversations")
     prompt_key = args.input_key or next((key for key in prompts if key in row), None)
@@ -320,9 +320,7 @@ def encode_labelled(row, tokenizer, args):
         sides = {response_key: label}
     examples = []
     for key, desirable in sides.items():
-        prompt, response = split_response(row, prompt_key, key, args)
-        finish_reason = row.get(f"{key}_finish_reason", row.get("finish_reason"))
-        ids, trained = encode(prompt, response, tokenizer, args, finish_reason)
+        ids, trained = encode_response(row, prompt_key, key, tokenizer, args)
         hashed = zlib.crc32(ids[~trained].tobytes())
         examples.append({"input_ids": ids, "trained": trained, "desirable": desirable, "prompt_hash": hashed})
     return examples
@@ -552,8 +550,7 @@ def fetch_rows(table, indices, partners, args):
             prompt = example["input_ids"][~example["trained"]]
             response = partner["input_ids"][partner["trained"]]
             ids = np.append(prompt, response)[: args.max_len]
-            trained = np.arange(len(ids)) >= len(prompt)
-            mismatched.append({"input_ids": ids, "trained": trained})
+            mismatched.append({"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt)})
     return examples, mismatched
 
 
@@ -763,16 +760,12 @@ def start_frozen(path, args, device, offload, wrapper):
 
 
 def reference_rows(table, partners, args, device):
-    """Log-probs [N, 2], sums in nats, under the reference: of each row's response, and of its partner's.
-
-    Both follow the row's prompt. They are computed once and kept in --cache_dir.
-    """
+    """Log-probs [N, 2] under the reference, of responses and of partners': computed once and kept."""
     path = args.ref_pretrain or args.pretrain
     code = Path(__file__).read_text().partition("\ndef kto_loss")[0]  # what computes log-probs
-    decides = [table._fingerprint, code, path, stamp(path), args.bf16]
-    decides += [args.apo_zero_unpaired, args.seed]  # the partners
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    file = Path(args.cache_dir, f"logps-{key}.npy")
+    partners_by = [args.apo_zero_unpaired, args.seed]
+    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16, partners_by])
+    file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
