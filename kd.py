@@ -483,11 +483,11 @@ def top_and_rest(logits, ids):
 
 
 class Distill(torch.nn.Module):
-    """Teacher or student as forward(pack); a pack without "teacher", as in check_attention, gives log-probs.
+    """Teacher or student as forward(pack) -> log-probs [N] of the N trained tokens, or more about them.
 
-    pack["teacher"] None: the teacher's hidden states [N, H], or with --teacher_topk its rows [N, 2k + 1]: the
-    log-probs of k tokens and of all others together, then their ids. pack["teacher"] one of these: the
-    student's cross-entropy and divergence at each trained token [N, 2].
+    pack["targets"] None: the teacher's hidden states [N, H], or with --teacher_topk its rows [N, 2k + 1]: the
+    log-probs of k tokens and of all others together, then their ids. With one of these as pack["teacher"]:
+    the student's cross-entropy and divergence [N, 2].
     """
 
     def __init__(self, model, vocab_size, args, teacher=None):
@@ -521,38 +521,29 @@ class Distill(torch.nn.Module):
         """[C, V] -> [C, vocab_size], at the temperature; what models pad their vocabulary with goes."""
         return logits[:, : self.vocab_size] / self.args.kd_temperature
 
-    def chunk_logps(self, weight, bias, hidden, targets):
-        return -F.cross_entropy(self.logits(weight, bias, hidden), targets, reduction="none")
-
-    def chunk_topk(self, weight, bias, hidden):
-        logits = self.real(self.logits(weight, bias, hidden))
-        ids = logits.topk(self.args.teacher_topk, 1).indices
-        return torch.cat([top_and_rest(logits, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
-
-    def chunk_distill(self, weight, bias, hidden, targets, teacher):
-        """[C, 2] of hidden states [C, H], and of what the teacher gave for these tokens."""
+    def chunk(self, weight, bias, hidden, targets=None, teacher=None):
+        """As forward, of hidden states [C, H]."""
         logits = self.logits(weight, bias, hidden)
+        real = self.real(logits)
+        if targets is None:
+            ids = real.topk(self.args.teacher_topk, 1).indices
+            return torch.cat([top_and_rest(real, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
         ce = F.cross_entropy(logits, targets, reduction="none")
-        logits = self.real(logits)
+        if teacher is None:
+            return -ce
         if self.args.teacher_topk:
             log_p, ids = teacher.tensor_split([self.args.teacher_topk + 1], 1)
-            log_q = top_and_rest(logits, ids.long())
+            log_q = top_and_rest(real, ids.long())
         else:
             log_p = self.real(self.teacher_logits(*self.teacher_head, teacher)).log_softmax(1)
-            log_q = logits.log_softmax(1)
+            log_q = real.log_softmax(1)
         kd = self.args.kd_temperature**2 * divergence(log_p, log_q, self.args.kd_loss)
         return torch.stack([ce, kd], 1)
 
     def forward(self, pack):
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
         hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
-        if "teacher" not in pack:
-            function, tensors = self.chunk_logps, [hidden, pack["targets"]]
-        elif pack["teacher"] is not None:
-            function, tensors = self.chunk_distill, [hidden, pack["targets"], pack["teacher"]]
-        elif self.args.teacher_topk:
-            function, tensors = self.chunk_topk, [hidden]
-        else:
+        if pack["targets"] is None and not self.args.teacher_topk:
             return hidden
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         budget = 2**26  # bytes of a chunk's logits
@@ -560,8 +551,9 @@ class Distill(torch.nn.Module):
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
         rows = max(16, budget // (4 * weight.shape[0]))
         # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
-        chunks = zip(*[tensor.split(rows) for tensor in tensors])
-        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        tensors = (hidden, pack["targets"], pack.get("teacher"))
+        chunks = zip(*[tensor.split(rows) for tensor in tensors if tensor is not None])
+        parts = [checkpoint(self.chunk, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
 
 
@@ -597,7 +589,7 @@ def kd_step(engine, teacher, rows, examples, args, train=True):
         if rows:
             pack["teacher"] = to_device(np.concatenate([rows[j] for j in members]), engine.device)
         else:
-            pack["teacher"] = teacher(pack | {"teacher": None})
+            pack["teacher"] = teacher(pack | {"targets": None})
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             ce_loss, kd_loss = weight * engine(pack).sum(0) / n_tokens
@@ -784,7 +776,7 @@ def teacher_topk(table, wrapper, args, device):
             owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
             rows = torch.zeros(len(owner), width, device=device)
             for members, weight in split_step([example["length"] for example in batch], args):
-                values = engine(pack_rows([batch[j] for j in members], device) | {"teacher": None})
+                values = engine(pack_rows([batch[j] for j in members], device) | {"targets": None})
                 places = np.concatenate([np.flatnonzero(owner == j) for j in members])
                 rows[to_device(places, device)] += weight * values
             dist.all_reduce(rows)  # those of other ranks are 0
