@@ -499,19 +499,15 @@ class Distill(torch.nn.Module):
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        for p in self.parts[1].parameters():
-            if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-                deepspeed.zero.register_external_parameter(self, p)
-        if teacher is not None:  # else it comes from the table, or this is the teacher
-            head = list(teacher.parts[1].parameters())  # weight, and a bias in some models
-            # Under ZeRO-3 a whole copy: ranks run different numbers of chunks, and a gather needs them all.
-            with deepspeed.zero.GatheredParameters(head):
-                head = [p.detach().clone() if hasattr(p, "ds_id") else p.detach() for p in head]
-            self.teacher_head = (head + [None])[:2]
-            self.teacher_logits = teacher.logits  # the teacher itself would become a part of the student
+        self.teacher = [teacher]  # a list: no part of the student; None: this is it, or a table has its rows
+        for wrapper in filter(None, (self, teacher)):
+            for p in wrapper.parts[1].parameters():
+                if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
+                    deepspeed.zero.register_external_parameter(self, p)
 
-    def logits(self, weight, bias, hidden):
+    def logits(self, hidden):
         """hidden [C, H] -> fp32 logits [C, V]; some models scale or cap them."""
+        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         logits = F.linear(hidden * self.scale, weight, bias).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -521,9 +517,9 @@ class Distill(torch.nn.Module):
         """[C, V] -> [C, vocab_size], at the temperature; what models pad their vocabulary with goes."""
         return logits[:, : self.vocab_size] / self.args.kd_temperature
 
-    def chunk(self, weight, bias, hidden, targets=None, teacher=None):
+    def chunk(self, hidden, targets=None, teacher=None):
         """As forward, of hidden states [C, H]."""
-        logits = self.logits(weight, bias, hidden)
+        logits = self.logits(hidden)
         real = self.real(logits)
         if targets is None:
             ids = real.topk(self.args.teacher_topk, 1).indices
@@ -535,7 +531,7 @@ class Distill(torch.nn.Module):
             log_p, ids = teacher.tensor_split([self.args.teacher_topk + 1], 1)
             log_q = top_and_rest(real, ids.long())
         else:
-            log_p = self.real(self.teacher_logits(*self.teacher_head, teacher)).log_softmax(1)
+            log_p = self.real(self.teacher[0].logits(teacher)).log_softmax(1)
             log_q = real.log_softmax(1)
         kd = self.args.kd_temperature**2 * divergence(log_p, log_q, self.args.kd_loss)
         return torch.stack([ce, kd], 1)
@@ -545,7 +541,7 @@ class Distill(torch.nn.Module):
         hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
         if pack["targets"] is None and not self.args.teacher_topk:
             return hidden
-        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
+        weight = self.parts[1].weight
         budget = 2**26  # bytes of a chunk's logits
         if weight.is_cuda:
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
@@ -553,7 +549,7 @@ class Distill(torch.nn.Module):
         # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
         tensors = (hidden, pack["targets"], pack.get("teacher"))
         chunks = zip(*[tensor.split(rows) for tensor in tensors if tensor is not None])
-        parts = [checkpoint(self.chunk, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(self.chunk, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
 
 
