@@ -304,7 +304,13 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 
 def encode_response(row, prompt_key, response_key, tokenizer, args):
-    """As encode; conversations, and text as in hh-rlhf, have their prompt in the response."""
+    """As encode, of two columns; conversations, and text as in hh-rlhf, have their prompt in the response."""
+    if response_key not in row:
+        raise ValueError(f"no column {response_key} but {', '.join(row)} (flags with _key name others)")
+    known = ("prompt", "question", "instruction", "input")
+    if "finish_reason" in row:  # sampled: other columns are the prompt before its template
+        known = ("input",)
+    prompt_key = prompt_key or next((key for key in known if key in row), None)
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         prompt = []
@@ -321,14 +327,8 @@ def encode_response(row, prompt_key, response_key, tokenizer, args):
 
 def encode_pair(row, tokenizer, args):
     """The examples of a row, just one here: a pair whose prompt is stored once."""
-    known = ("prompt", "question", "instruction", "input")
-    prompt_key = args.prompt_key or next((key for key in known if key in row), None)
-    sides = []
-    for name, key in (("chosen", args.chosen_key), ("rejected", args.rejected_key)):
-        if key not in row:
-            raise ValueError(f"no column {key} (--{name}_key) but {', '.join(row)}")
-        sides.append(encode_response(row, prompt_key, key, tokenizer, args))
-    (chosen, chosen_trained), (rejected, rejected_trained) = sides
+    chosen, chosen_trained = encode_response(row, args.prompt_key, args.chosen_key, tokenizer, args)
+    rejected, rejected_trained = encode_response(row, args.prompt_key, args.rejected_key, tokenizer, args)
     if np.array_equal(chosen, rejected):  # perhaps only because both were cut
         raise ValueError("chosen == rejected")
     prompts = [chosen[~chosen_trained].tolist(), rejected[~rejected_trained].tolist()]

@@ -287,7 +287,13 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 
 def encode_response(row, prompt_key, response_key, tokenizer, args):
-    """As encode; conversations, and text as in hh-rlhf, have their prompt in the response."""
+    """As encode, of two columns; conversations, and text as in hh-rlhf, have their prompt in the response."""
+    if response_key not in row:
+        raise ValueError(f"no column {response_key} but {', '.join(row)} (flags with _key name others)")
+    known = ("prompt", "question", "instruction", "input")
+    if "finish_reason" in row:  # sampled: other columns are the prompt before its template
+        known = ("input",)
+    prompt_key = prompt_key or next((key for key in known if key in row), None)
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
         prompt = []
@@ -304,14 +310,8 @@ def encode_response(row, prompt_key, response_key, tokenizer, args):
 
 def encode_labelled(row, tokenizer, args):
     """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
-    prompts = ("prompt", "instruction", "input", "question")
-    if "finish_reason" in row:  # sampled: other columns are the prompt before its template
-        prompts = ("input",)
-    responses = ("chosen", args.input_key, "completion", "output", "response", "messages", "conversations")
-    prompt_key = args.input_key or next((key for key in prompts if key in row), None)
-    response_key = args.output_key or next((key for key in responses if key in row), None)
-    if response_key not in row or prompt_key not in (None, *row):
-        raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
+    known = ("chosen", args.input_key, "completion", "output", "response", "messages", "conversations")
+    response_key = args.output_key or next((key for key in known if key in row), "completion")
     sides = {"chosen": True, "rejected": False}
     if response_key != "chosen":
         label = LABELS.get(str(row.get(args.label_key)).lower())
@@ -320,7 +320,7 @@ def encode_labelled(row, tokenizer, args):
         sides = {response_key: label}
     examples = []
     for key, desirable in sides.items():
-        ids, trained = encode_response(row, prompt_key, key, tokenizer, args)
+        ids, trained = encode_response(row, args.input_key, key, tokenizer, args)
         hashed = zlib.crc32(ids[~trained].tobytes())
         examples.append({"input_ids": ids, "trained": trained, "desirable": desirable, "prompt_hash": hashed})
     return examples
