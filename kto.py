@@ -156,7 +156,6 @@ FEATURES = Features(  # the columns of an encoded row
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
-LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
@@ -314,10 +313,10 @@ def encode_labelled(row, tokenizer, args):
     response_key = args.output_key or next((key for key in known if key in row), "completion")
     sides = {"chosen": True, "rejected": False}
     if response_key != "chosen":
-        label = LABELS.get(str(row.get(args.label_key)).lower())
-        if label is None:
+        label = str(row.get(args.label_key)).lower().removesuffix(".0")
+        if label not in ("true", "1", "false", "0"):
             raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
-        sides = {response_key: label}
+        sides = {response_key: label in ("true", "1")}
     examples = []
     for key, desirable in sides.items():
         ids, trained = encode_response(row, args.input_key, key, tokenizer, args)
@@ -550,7 +549,8 @@ def fetch_rows(table, indices, partners, args):
             prompt = example["input_ids"][~example["trained"]]
             response = partner["input_ids"][partner["trained"]]
             ids = np.append(prompt, response)[: args.max_len]
-            mismatched.append({"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt)})
+            trained = np.arange(len(ids)) >= len(prompt)
+            mismatched.append({"input_ids": ids, "trained": trained})
     return examples, mismatched
 
 
