@@ -811,8 +811,8 @@ def reference_logps(table, args, device):
         return np.zeros((len(table), 2))
     path = args.ref_pretrain or args.pretrain
     code = Path(__file__).read_text().partition("\nLOSSES = ")[0]  # what computes log-probs
-    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16])
-    file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16]
+    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:

@@ -758,8 +758,8 @@ def teacher_topk(table, wrapper, args, device):
     path = args.teacher_model
     width = 2 * args.teacher_topk + 1
     code = Path(__file__).read_text().partition("\ndef divergence")[0]  # all that computes the rows
-    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature])
-    file = Path(args.cache_dir, f"topk-{hashlib.sha256(decides.encode()).hexdigest()[:32]}")
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
+    file = Path(args.cache_dir, f"topk-{datasets.fingerprint.Hasher.hash(decides)}")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:

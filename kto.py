@@ -759,13 +759,13 @@ def start_frozen(path, args, device, offload, wrapper):
     return model.to(device)
 
 
-def reference_rows(table, partners, args, device):
-    """Log-probs [N, 2] under the reference, of responses and of partners': computed once and kept."""
+def reference_rows(table, args, device):
+    """(partners [N], log-probs [N, 2] of own and partners' responses under the reference: kept on disk)."""
+    partners = choose_partners(table["prompt_hash"][:], args.seed)
     path = args.ref_pretrain or args.pretrain
     code = Path(__file__).read_text().partition("\ndef kto_loss")[0]  # what computes log-probs
-    partners_by = [args.apo_zero_unpaired, args.seed]
-    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16, partners_by])
-    file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16, args.apo_zero_unpaired, args.seed]
+    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -785,7 +785,7 @@ def reference_rows(table, partners, args, device):
             np.save(partial, logps.cpu().numpy())
             os.replace(partial, file)
         dist.barrier()
-    return np.load(file, mmap_mode="r")
+    return partners, np.load(file, mmap_mode="r")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -966,16 +966,14 @@ def main(args):
         die("all rows are desirable, or all are undesirable: KTO needs both")
     ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
     note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
-    partners, references = {}, {}
-    for table in filter(len, (examples, held_out)):
-        partners[table] = choose_partners(table["prompt_hash"][:], args.seed)
-        references[table] = reference_rows(table, partners[table], args, device)
+    references = {table: reference_rows(table, args, device) for table in filter(len, (examples, held_out))}
     engine = start_engine(args, total_steps, LogProbs)
     check_attention(engine, args)
 
     def take_step(table, indices, train=True):
-        rows, mismatched = fetch_rows(table, indices, partners[table], args)
-        return kto_step(engine, rows, mismatched, references[table][indices], args, train)
+        partners, ref_logps = references[table]
+        rows, mismatched = fetch_rows(table, indices, partners, args)
+        return kto_step(engine, rows, mismatched, ref_logps[indices], args, train)
 
     sample = mark_trained(examples[0], tokenizer)
     # --- end algorithm
