@@ -306,7 +306,7 @@ def finish(ids, trained, tokenizer, max_len, cut):
 def encode_response(row, prompt_key, response_key, tokenizer, args):
     """As encode, of two columns; conversations, and text as in hh-rlhf, have their prompt in the response."""
     if response_key not in row:
-        raise ValueError(f"no column {response_key} but {', '.join(row)} (flags with _key name others)")
+        raise ValueError(f"no column {response_key} (a flag *_key names another) but {', '.join(row)}")
     known = ("prompt", "question", "instruction", "input")
     if "finish_reason" in row:  # sampled: other columns are the prompt before its template
         known = ("input",)
