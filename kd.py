@@ -785,8 +785,7 @@ def teacher_topk(table, wrapper, args, device):
             os.replace(partial, file)
         dist.barrier()
     rows = np.asarray(np.memmap(file, np.float32, "r")).reshape(-1, width)  # on disk until they are read
-    ends = np.cumsum(table["n_trained"][:])
-    return np.split(rows, ends[:-1])
+    return np.split(rows, np.cumsum(table["n_trained"][:-1]))
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
