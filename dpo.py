@@ -144,8 +144,6 @@ class Args:
         if self.use_wandb and not transformers.integrations.is_wandb_available():
             note("notice wandb is not installed: metrics are in metrics.jsonl only")
             self.use_wandb = None
-        if self.ipo and self.loss_type not in ("sigmoid", "ipo"):
-            die("--ipo is --loss_type ipo: leave one of the two out")
         self.loss_type = "ipo" if self.ipo else self.loss_type
         if self.loss_type not in LOSSES:
             die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
@@ -305,40 +303,38 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def split_response(row, prompt_key, response_key, args):
-    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
+def encode_response(row, prompt_key, response_key, tokenizer, args):
+    """As encode, of two columns; conversations, and text as in hh-rlhf, have their prompt in the response."""
+    if response_key not in row:
+        raise ValueError(f"no column {response_key} (a flag *_key names another) but {', '.join(row)}")
+    known = ("prompt", "question", "instruction", "input")
+    if "finish_reason" in row:  # sampled: other columns are the prompt before its template
+        known = ("input",)
+    prompt_key = prompt_key or next((key for key in known if key in row), None)
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
-        return [], response
-    if prompt is not None and prompt_key != response_key:
-        if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-            prompt = f"{prompt}\n\n{row['input']}"
-        return prompt, response
-    head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark or args.apply_chat_template:
-        needs = "text as in hh-rlhf needs none, without --apply_chat_template"
-        raise ValueError(f"no prompt among {', '.join(row)} ({needs})")
-    return head + mark, answer
+        prompt = []
+    elif prompt is None or prompt_key == response_key:
+        head, mark, response = str(response).rpartition("\n\nAssistant:")
+        if not mark or args.apply_chat_template:  # such text has no turns to render
+            raise ValueError(f"no prompt among {', '.join(row)}")
+        prompt = head + mark
+    elif prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    finish_reason = row.get(f"{response_key}_finish_reason", row.get("finish_reason"))
+    return encode(prompt, response, tokenizer, args, finish_reason)
 
 
 def encode_pair(row, tokenizer, args):
     """The examples of a row, just one here: a pair whose prompt is stored once."""
-    known = ("prompt", "question", "instruction", "input")
-    prompt_key = args.prompt_key or next((key for key in known if key in row), None)
-    sides = []
-    for name, key in (("chosen", args.chosen_key), ("rejected", args.rejected_key)):
-        if key not in row:
-            raise ValueError(f"no column {key} (--{name}_key) but {', '.join(row)}")
-        prompt, response = split_response(row, prompt_key, key, args)
-        sides.append(encode(prompt, response, tokenizer, args, row.get(f"{name}_finish_reason")))
-    (chosen, chosen_trained), (rejected, rejected_trained) = sides
+    chosen, chosen_trained = encode_response(row, args.prompt_key, args.chosen_key, tokenizer, args)
+    rejected, rejected_trained = encode_response(row, args.prompt_key, args.rejected_key, tokenizer, args)
     if np.array_equal(chosen, rejected):  # perhaps only because both were cut
         raise ValueError("chosen == rejected")
-    n_prompt = min(chosen_trained.argmax(), rejected_trained.argmax())
-    while (chosen[:n_prompt] != rejected[:n_prompt]).any():  # conversations may part earlier
-        n_prompt -= 1
-    ids = np.concatenate([chosen, rejected[n_prompt:]])
-    trained = np.concatenate([chosen_trained, rejected_trained[n_prompt:]])
+    prompts = [chosen[~chosen_trained].tolist(), rejected[~rejected_trained].tolist()]
+    n_prompt = len(os.path.commonprefix(prompts))  # conversations may part before the last turn
+    ids = np.append(chosen, rejected[n_prompt:])
+    trained = np.append(chosen_trained, rejected_trained[n_prompt:])
     ends = [n_prompt, len(chosen), len(ids)]
     sizes = [chosen_trained.sum(), rejected_trained.sum()]
     return [{"input_ids": ids, "trained": trained, "ends": ends, "sizes": sizes}]
@@ -463,20 +459,21 @@ def pack_trees(examples, device):
     prompt and chosen, then of rejected. positions [N]: the hidden states that predict the N trained tokens
     (the LAST prompt token predicts the first of BOTH responses); targets [N]: those tokens.
     """
-    position_ids, keys, predictors, n_q = [], [], [], []
+    position_ids, keys, predictors = [], [], []
     start = 0
     for example in examples:
         n_prompt, n_first, n_all = example["ends"].tolist()
         chosen = np.arange(n_first)  # places in the tree of the prompt and the chosen response
         rejected = np.r_[0:n_prompt, n_first:n_all]  # of the prompt and the rejected one
-        position_ids += [chosen, np.arange(n_prompt, len(rejected))]
-        keys += [start + chosen, start + rejected]
-        predictors += [start + chosen - 1, start + np.roll(rejected, 1)[n_prompt:]]
-        n_q += [n_first, n_all - n_first]
+        for branch, n_known in ((chosen, 0), (rejected, n_prompt)):
+            position = np.arange(n_known, len(branch))
+            position_ids.append(position)
+            predictors.append(start + branch[position - 1])
+            keys.append(start + branch)
         start += n_all
     input_ids = np.concatenate([example["input_ids"] for example in examples])
     trained = np.concatenate([example["trained"] for example in examples])
-    n_k = [len(part) for part in keys]
+    n_q, n_k = [len(part) for part in position_ids], [len(part) for part in keys]
     return {
         "input_ids": to_device(input_ids[None], device),  # [1, T]
         "position_ids": to_device(np.concatenate(position_ids)[None], device),  # [1, T]
@@ -498,14 +495,14 @@ def attend_segment(query, key, value, scaling, window, softcap):
     query [1, heads, n_q, dim], key and value [1, kv_heads, n_k, dim] -> [1, heads, n_q, dim]. window: so many
     positions are seen, the own one included; softcap: of the scores.
     """
+    options = {"scale": scaling, "enable_gqa": True}
     n_q, n_k = query.shape[2], key.shape[2]
-    mask = None
-    if n_q < n_k or window or softcap:
-        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+    if n_q == n_k and not window and not softcap:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
     if window:
         mask = mask.triu(n_k - n_q - window + 1)
     if not softcap:
-        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -517,15 +514,14 @@ def tree_attention(module, query, key, value, attention_mask, segments=None, sca
     """Attention within the segments of a pack, for any Hugging Face model.
 
     query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None). A
-    segment's n_q queries see n_k keys; segments["keys"] lists these where they are not the segment's own.
+    segment's n_q queries see n_k keys: segments["keys"] lists those of all segments.
     """
     window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
     harmless = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
     if unknown or attention_mask is not None:
         die(f"{type(module).__name__} is not supported: its attention needs {unknown or 'a mask'}")
-    if segments["keys"] is not None:
-        key, value = key.index_select(2, segments["keys"]), value.index_select(2, segments["keys"])
+    key, value = (x.index_select(2, segments["keys"]) for x in (key, value))
     n_q, n_k, size = segments["n_q"], segments["n_k"], query.shape[3]
     if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
@@ -775,26 +771,20 @@ def start_engine(args, total_steps, wrapper):
 @torch.no_grad()
 def check_tree(engine, args):
     """Stops unless packed trees have the log-probs that the model itself gives to each of their branches."""
-
-    def tree(ids, end):
-        """A prompt of 5 tokens, a chosen response that ends there, a rejected one of what is left."""
-        n = len(ids)
-        return {"input_ids": ids, "trained": np.arange(n) > 4, "ends": np.array([5, end, n])}
-
-    trees, alone = [], []
-    for n in (23, 30):
-        ids = np.arange(n) * 7 % 32
-        trees.append(tree(ids, 14))
-        for branch in (ids[:14], np.r_[ids[:5], ids[14:]]):
-            alone.append(pack_trees([tree(branch, len(branch))], engine.device))
     wrapper = getattr(engine, "module", engine)
+    trees, branches = [], []
+    for n in (23, 30):  # a prompt of 5 tokens, a chosen response of 9, a rejected one of the rest
+        ids = np.arange(n) * 7 % 32
+        trees.append({"input_ids": ids, "trained": np.arange(n) > 4, "ends": np.array([5, 14, n])})
+        branches += [ids[:14], np.r_[ids[:5], ids[14:]]]
     pack = pack_trees(trees, engine.device)
     found = wrapper(pack)
     other = pack["input_ids"].clone()
     other[0, :5] += 1  # of the first tree: the last branch must not notice, to the bit
     leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
     wrapper.model.set_attn_implementation("eager")
-    logits = torch.cat([wrapper.model(one["input_ids"]).logits[0, one["positions"]] for one in alone])
+    inputs = [to_device(branch[None], engine.device) for branch in branches]
+    logits = torch.cat([wrapper.model(ids).logits[0, 4:-1] for ids in inputs])
     wrapper.model.set_attn_implementation("packed")
     expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
     # In bf16 rounding alone makes up to 0.2 in a deep model.
@@ -821,8 +811,8 @@ def reference_logps(table, args, device):
         return np.zeros((len(table), 2))
     path = args.ref_pretrain or args.pretrain
     code = Path(__file__).read_text().partition("\nLOSSES = ")[0]  # what computes log-probs
-    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16])
-    file = Path(args.cache_dir, f"logps-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy")
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16]
+    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -1022,9 +1012,7 @@ def main(args):
     def take_step(table, indices, train=True):
         return dpo_step(engine, fetch(table, indices), references[table][indices], args, train)
 
-    pair = examples[0]
-    chosen = {name: pair[name][: pair["ends"][1]] for name in ("input_ids", "trained")}
-    sample = mark_trained(chosen, tokenizer)
+    sample = mark_trained(examples[0], tokenizer)
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")

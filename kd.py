@@ -483,11 +483,11 @@ def top_and_rest(logits, ids):
 
 
 class Distill(torch.nn.Module):
-    """Teacher or student as forward(pack); a pack without "teacher", as in check_attention, gives log-probs.
+    """Teacher or student as forward(pack) -> log-probs [N] of the N trained tokens, or more about them.
 
-    pack["teacher"] None: the teacher's hidden states [N, H], or with --teacher_topk its rows [N, 2k + 1]: the
-    log-probs of k tokens and of all others together, then their ids. pack["teacher"] one of these: the
-    student's cross-entropy and divergence at each trained token [N, 2].
+    pack["targets"] None: the teacher's hidden states [N, H], or with --teacher_topk its rows [N, 2k + 1]: the
+    log-probs of k tokens and of all others together, then their ids. With one of these as pack["teacher"]:
+    the student's cross-entropy and divergence [N, 2].
     """
 
     def __init__(self, model, vocab_size, args, teacher=None):
@@ -499,19 +499,15 @@ class Distill(torch.nn.Module):
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        for p in self.parts[1].parameters():
-            if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-                deepspeed.zero.register_external_parameter(self, p)
-        if teacher is not None:  # else it comes from the table, or this is the teacher
-            head = list(teacher.parts[1].parameters())  # weight, and a bias in some models
-            # Under ZeRO-3 a whole copy: ranks run different numbers of chunks, and a gather needs them all.
-            with deepspeed.zero.GatheredParameters(head):
-                head = [p.detach().clone() if hasattr(p, "ds_id") else p.detach() for p in head]
-            self.teacher_head = (head + [None])[:2]
-            self.teacher_logits = teacher.logits  # the teacher itself would become a part of the student
+        self.teacher = [teacher]  # a list: no part of the student; None: this is it, or a table has its rows
+        for wrapper in filter(None, (self, teacher)):
+            for p in wrapper.parts[1].parameters():
+                if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
+                    deepspeed.zero.register_external_parameter(self, p)
 
-    def logits(self, weight, bias, hidden):
+    def logits(self, hidden):
         """hidden [C, H] -> fp32 logits [C, V]; some models scale or cap them."""
+        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         logits = F.linear(hidden * self.scale, weight, bias).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -521,47 +517,39 @@ class Distill(torch.nn.Module):
         """[C, V] -> [C, vocab_size], at the temperature; what models pad their vocabulary with goes."""
         return logits[:, : self.vocab_size] / self.args.kd_temperature
 
-    def chunk_logps(self, weight, bias, hidden, targets):
-        return -F.cross_entropy(self.logits(weight, bias, hidden), targets, reduction="none")
-
-    def chunk_topk(self, weight, bias, hidden):
-        logits = self.real(self.logits(weight, bias, hidden))
-        ids = logits.topk(self.args.teacher_topk, 1).indices
-        return torch.cat([top_and_rest(logits, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
-
-    def chunk_distill(self, weight, bias, hidden, targets, teacher):
-        """[C, 2] of hidden states [C, H], and of what the teacher gave for these tokens."""
-        logits = self.logits(weight, bias, hidden)
+    def chunk(self, hidden, targets=None, teacher=None):
+        """As forward, of hidden states [C, H]."""
+        logits = self.logits(hidden)
+        real = self.real(logits)
+        if targets is None:
+            ids = real.topk(self.args.teacher_topk, 1).indices
+            return torch.cat([top_and_rest(real, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
         ce = F.cross_entropy(logits, targets, reduction="none")
-        logits = self.real(logits)
+        if teacher is None:
+            return -ce
         if self.args.teacher_topk:
             log_p, ids = teacher.tensor_split([self.args.teacher_topk + 1], 1)
-            log_q = top_and_rest(logits, ids.long())
+            log_q = top_and_rest(real, ids.long())
         else:
-            log_p = self.real(self.teacher_logits(*self.teacher_head, teacher)).log_softmax(1)
-            log_q = logits.log_softmax(1)
+            log_p = self.real(self.teacher[0].logits(teacher)).log_softmax(1)
+            log_q = real.log_softmax(1)
         kd = self.args.kd_temperature**2 * divergence(log_p, log_q, self.args.kd_loss)
         return torch.stack([ce, kd], 1)
 
     def forward(self, pack):
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
         hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
-        if "teacher" not in pack:
-            function, tensors = self.chunk_logps, [hidden, pack["targets"]]
-        elif pack["teacher"] is not None:
-            function, tensors = self.chunk_distill, [hidden, pack["targets"], pack["teacher"]]
-        elif self.args.teacher_topk:
-            function, tensors = self.chunk_topk, [hidden]
-        else:
+        if pack["targets"] is None and not self.args.teacher_topk:
             return hidden
-        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
+        weight = self.parts[1].weight
         budget = 2**26  # bytes of a chunk's logits
         if weight.is_cuda:
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
         rows = max(16, budget // (4 * weight.shape[0]))
         # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
-        chunks = zip(*[tensor.split(rows) for tensor in tensors])
-        parts = [checkpoint(function, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        tensors = (hidden, pack["targets"], pack.get("teacher"))
+        chunks = zip(*[tensor.split(rows) for tensor in tensors if tensor is not None])
+        parts = [checkpoint(self.chunk, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
 
 
@@ -597,7 +585,7 @@ def kd_step(engine, teacher, rows, examples, args, train=True):
         if rows:
             pack["teacher"] = to_device(np.concatenate([rows[j] for j in members]), engine.device)
         else:
-            pack["teacher"] = teacher(pack | {"teacher": None})
+            pack["teacher"] = teacher(pack | {"targets": None})
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             ce_loss, kd_loss = weight * engine(pack).sum(0) / n_tokens
@@ -770,8 +758,8 @@ def teacher_topk(table, wrapper, args, device):
     path = args.teacher_model
     width = 2 * args.teacher_topk + 1
     code = Path(__file__).read_text().partition("\ndef divergence")[0]  # all that computes the rows
-    decides = json.dumps([table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature])
-    file = Path(args.cache_dir, f"topk-{hashlib.sha256(decides.encode()).hexdigest()[:32]}")
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
+    file = Path(args.cache_dir, f"topk-{datasets.fingerprint.Hasher.hash(decides)}")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -784,7 +772,7 @@ def teacher_topk(table, wrapper, args, device):
             owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
             rows = torch.zeros(len(owner), width, device=device)
             for members, weight in split_step([example["length"] for example in batch], args):
-                values = engine(pack_rows([batch[j] for j in members], device) | {"teacher": None})
+                values = engine(pack_rows([batch[j] for j in members], device) | {"targets": None})
                 places = np.concatenate([np.flatnonzero(owner == j) for j in members])
                 rows[to_device(places, device)] += weight * values
             dist.all_reduce(rows)  # those of other ranks are 0
@@ -797,8 +785,7 @@ def teacher_topk(table, wrapper, args, device):
             os.replace(partial, file)
         dist.barrier()
     rows = np.asarray(np.memmap(file, np.float32, "r")).reshape(-1, width)  # on disk until they are read
-    ends = np.cumsum(table["n_trained"][:])
-    return np.split(rows, ends[:-1])
+    return np.split(rows, np.cumsum(table["n_trained"][:-1]))
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it

@@ -156,7 +156,6 @@ FEATURES = Features(  # the columns of an encoded row
     where=Value("string"),  # file:row
     reason=Value("string"),  # why it cannot be used
 )
-LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
@@ -286,43 +285,41 @@ def finish(ids, trained, tokenizer, max_len, cut):
     return ids[:max_len], trained[:max_len]
 
 
-def split_response(row, prompt_key, response_key, args):
-    """(prompt, response); conversations, and text as in hh-rlhf, have the prompt in the response."""
+def encode_response(row, prompt_key, response_key, tokenizer, args):
+    """As encode, of two columns; conversations, and text as in hh-rlhf, have their prompt in the response."""
+    if response_key not in row:
+        raise ValueError(f"no column {response_key} (a flag *_key names another) but {', '.join(row)}")
+    known = ("prompt", "question", "instruction", "input")
+    if "finish_reason" in row:  # sampled: other columns are the prompt before its template
+        known = ("input",)
+    prompt_key = prompt_key or next((key for key in known if key in row), None)
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
-        return [], response
-    if prompt is not None and prompt_key != response_key:
-        if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-            prompt = f"{prompt}\n\n{row['input']}"
-        return prompt, response
-    head, mark, answer = str(response).rpartition("\n\nAssistant:")
-    if not mark or args.apply_chat_template:
-        needs = "text as in hh-rlhf needs none, without --apply_chat_template"
-        raise ValueError(f"no prompt among {', '.join(row)} ({needs})")
-    return head + mark, answer
+        prompt = []
+    elif prompt is None or prompt_key == response_key:
+        head, mark, response = str(response).rpartition("\n\nAssistant:")
+        if not mark or args.apply_chat_template:  # such text has no turns to render
+            raise ValueError(f"no prompt among {', '.join(row)}")
+        prompt = head + mark
+    elif prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
+    finish_reason = row.get(f"{response_key}_finish_reason", row.get("finish_reason"))
+    return encode(prompt, response, tokenizer, args, finish_reason)
 
 
 def encode_labelled(row, tokenizer, args):
     """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
-    prompts = ("prompt", "instruction", "input", "question")
-    if {"input", "finish_reason"} <= set(row):  # other columns are the prompt before its template
-        prompts = ("input",)
-    responses = ("chosen", args.input_key, "completion", "output", "response", "messages", "conversations")
-    prompt_key = args.input_key or next((key for key in prompts if key in row), None)
-    response_key = args.output_key or next((key for key in responses if key in row), None)
-    if response_key not in row or prompt_key not in (None, *row):
-        raise ValueError(f"no known columns (--input_key, --output_key) but {', '.join(row)}")
+    known = ("chosen", args.input_key, "completion", "output", "response", "messages", "conversations")
+    response_key = args.output_key or next((key for key in known if key in row), "completion")
     sides = {"chosen": True, "rejected": False}
     if response_key != "chosen":
-        label = LABELS.get(str(row.get(args.label_key)).lower())
-        if label is None:
+        label = str(row.get(args.label_key)).lower().removesuffix(".0")
+        if label not in ("true", "1", "false", "0"):
             raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
-        sides = {response_key: label}
+        sides = {response_key: label in ("true", "1")}
     examples = []
     for key, desirable in sides.items():
-        prompt, response = split_response(row, prompt_key, key, args)
-        finish_reason = row.get(f"{key}_finish_reason", row.get("finish_reason"))
-        ids, trained = encode(prompt, response, tokenizer, args, finish_reason)
+        ids, trained = encode_response(row, args.input_key, key, tokenizer, args)
         hashed = zlib.crc32(ids[~trained].tobytes())
         examples.append({"input_ids": ids, "trained": trained, "desirable": desirable, "prompt_hash": hashed})
     return examples
@@ -762,17 +759,13 @@ def start_frozen(path, args, device, offload, wrapper):
     return model.to(device)
 
 
-def reference_rows(table, partners, args, device):
-    """Log-probs [N, 2], sums in nats, under the reference: of each row's response, and of its partner's.
-
-    Both follow the row's prompt. They are computed once and kept in --cache_dir.
-    """
+def reference_rows(table, args, device):
+    """(partners [N], log-probs [N, 2] of own and partners' responses under the reference: kept on disk)."""
+    partners = choose_partners(table["prompt_hash"][:], args.seed)
     path = args.ref_pretrain or args.pretrain
     code = Path(__file__).read_text().partition("\ndef kto_loss")[0]  # what computes log-probs
-    decides = [table._fingerprint, code, path, stamp(path), args.bf16]
-    decides += [args.apo_zero_unpaired, args.seed]  # the partners
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    file = Path(args.cache_dir, f"logps-{key}.npy")
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16, args.apo_zero_unpaired, args.seed]
+    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -792,7 +785,7 @@ def reference_rows(table, partners, args, device):
             np.save(partial, logps.cpu().numpy())
             os.replace(partial, file)
         dist.barrier()
-    return np.load(file, mmap_mode="r")
+    return partners, np.load(file, mmap_mode="r")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -973,16 +966,14 @@ def main(args):
         die("all rows are desirable, or all are undesirable: KTO needs both")
     ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
     note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
-    partners, references = {}, {}
-    for table in filter(len, (examples, held_out)):
-        partners[table] = choose_partners(table["prompt_hash"][:], args.seed)
-        references[table] = reference_rows(table, partners[table], args, device)
+    references = {table: reference_rows(table, args, device) for table in filter(len, (examples, held_out))}
     engine = start_engine(args, total_steps, LogProbs)
     check_attention(engine, args)
 
     def take_step(table, indices, train=True):
-        rows, mismatched = fetch_rows(table, indices, partners[table], args)
-        return kto_step(engine, rows, mismatched, references[table][indices], args, train)
+        partners, ref_logps = references[table]
+        rows, mismatched = fetch_rows(table, indices, partners, args)
+        return kto_step(engine, rows, mismatched, ref_logps[indices], args, train)
 
     sample = mark_trained(examples[0], tokenizer)
     # --- end algorithm

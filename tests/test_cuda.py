@@ -155,7 +155,7 @@ def run_frozen(script, name, args, table):
         if name == "kd":
             script.teacher_topk(table, functools.partial(script.Distill, vocab_size=90, args=args), args, GPU)
         elif name == "kto":
-            script.reference_rows(table, np.array([1, 0]), args, GPU)
+            script.reference_rows(table, args, GPU)
         else:
             script.reference_logps(table, args, GPU)
     lines = {line for line in watch.lines if line.startswith(name)}

@@ -399,7 +399,7 @@ def test_layouts(name, tiny, tokenizer):
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 BAD_INPUT = [  # rows, flags, what the error says
-    ([{"text": "a"}], {}, "no column chosen (--chosen_key) but text"),
+    ([{"text": "a"}], {}, "no column chosen (a flag *_key names another) but text"),
     ([{"chosen": "b", "rejected": "c"}], {}, "no prompt among chosen, rejected"),
     ([{**GOOD, "rejected": "b"}] * 2, {}, "chosen == rejected"),
     ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: empty response"),
