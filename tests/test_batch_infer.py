@@ -144,12 +144,10 @@ def test_stop(home, tmp_path):
     assert rows[one["id"]]["tokens"] < 6 and rows[two["id"]]["output"]
 
 
-def prompts_of(home, rows, tokenizer=None, **flags):
+def prompts_of(home, rows, tokenizer, **flags):
     """The Items of prompts."""
-    args = script.Args(**flags_of(home, "generate", "", **{"max_drop_ratio": 0.9} | flags))
-    keys, config = script.choose_columns(rows[0], args), AutoConfig.from_pretrained(args.pretrain)
-    make, tokenizer = script.sampling_items, tokenizer or tokenizer_with()
-    return script.collect(make, dict(enumerate(rows)), keys, tokenizer, config, args)
+    args = script.Args(**flags_of(home, "generate", "", input_key="prompt", **flags))
+    return script.collect(script.sampling_items, dict(enumerate(rows)), tokenizer, None, args)
 
 
 def test_slices_wrap_around_and_hold_a_prompt_once(tmp_path):
@@ -220,10 +218,10 @@ def test_what_a_reward_model_reads(home):
     chat, plain = "<|user|>ok?<eos>\n<|assistant|>yes", "policy's own formyes"
     for model, end in ((home / "rm", "<eos>\n"), (home / "openrlhf", "<eos>")):
         for templated, expected in ((True, [chat + end, chat]), (False, [plain + "<eos>", plain])):
-            args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), apply_chat_template=templated))
+            flags = {"pretrain": str(model), "apply_chat_template": templated}
+            args = script.Args(**flags_of(home, "rm", "", input_key="input", output_key="output", **flags))
             tokenizer, config = tokenizer_with(), AutoConfig.from_pretrained(args.pretrain)
-            keys = script.choose_columns(rows[0], args)
-            items = script.collect(script.scoring_items, dict(enumerate(rows)), keys, tokenizer, config, args)
+            items = script.collect(script.scoring_items, dict(enumerate(rows)), tokenizer, config, args)
             assert [tokenizer.decode(item.prompt + item.response) for item in items] == expected
 
 
@@ -256,8 +254,8 @@ def test_logps_are_hugging_faces(home, tmp_path, chat):
 
 
 def post(function, rows, keys=("input", "output"), **flags):
-    args = script.Args("rm", "", "", pretrain="x", **flags)
-    return getattr(script, function)(rows, keys, args)
+    args = script.Args("rm", "", "", input_key=keys[0], output_key=keys[1], **flags)
+    return getattr(script, function)(rows, args)
 
 
 def test_rejection_sampling():
@@ -394,7 +392,7 @@ def launch(folder, configs, *launcher):
     """Runs main() for each configuration, in one start of Python per rank."""
     (folder / "configs.json").write_text(json.dumps(configs))
     words = [sys.executable, *launcher, TESTS / "launch.py", "batch_infer", folder / "configs.json"]
-    console_of(words, OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="")
+    console_of(words, OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="", PYTHONPATH=TESTS.parent)
     return words
 
 
@@ -471,8 +469,8 @@ def test_bad_input(home, samples, tmp_path, capsys):
         " x longer than 20 tokens (--max_len": scored | {"max_len": 20},
         "KeyError: 'missing'; it must be FILE.py:NAME": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
         "too many positional arguments": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:hang"},
-        "broken failed on every row: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
-        "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
+        "no row has a reward: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
+        "model '': neither": {"task": "rm", "pretrain": ""},
         "--best_of_n 2: greedy samples are all the same": {"greedy_sampling": True, "best_of_n": 2},
         "no column prmpt (--input_key, --output_key) but prompt": {"input_key": "prmpt"},
         "--prompt_max_len + --max_new_tokens is more than the model's 256": {"max_new_tokens": 200},
@@ -491,15 +489,6 @@ def test_bad_input(home, samples, tmp_path, capsys):
 
 
 # --- vLLM
-
-
-def test_an_engine_that_fails_ends_the_others(tmp_path, monkeypatch):
-    code = "import os, time; time.sleep(60 if os.environ['RANK'] == '0' else 0); raise SystemExit(1)"
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])
-    started = time.monotonic()
-    with pytest.raises(SystemExit):
-        script.run_engines(tmp_path, script.Args("generate", "out", "rows", pretrain="x", dp_size=2))
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
