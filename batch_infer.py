@@ -24,7 +24,6 @@ import ctypes
 import datetime
 import faulthandler
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -105,8 +104,6 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
-        if self.temperature <= 0 and self.best_of_n > 1:
-            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
         if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
@@ -116,13 +113,13 @@ class Args:
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
-        self.input_template = (self.input_template or "").replace("\\n", "\n")
+        self.input_template = (self.input_template or "{}").replace("\\n", "\n")
         self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
-        if self.input_template and "{}" not in self.input_template:
+        if "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = ""
+            self.input_template = "{}"
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
@@ -193,8 +190,7 @@ def choose_columns(row, args):
     for keys in layouts:
         if set(keys) - {None} <= set(row):
             return keys
-    wanted = " and ".join(filter(None, [args.input_key, args.output_key])) or "of a known layout"
-    die(f"--dataset {args.dataset}: no column {wanted} (--input_key, --output_key) but {', '.join(row)}")
+    die(f"--dataset {args.dataset}: --input_key and --output_key must be among the columns {', '.join(row)}")
 
 
 def load_rows(args):
@@ -307,7 +303,7 @@ def render_prompt(prompt, tokenizer, args):
     if isinstance(prompt, list):
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return text, tokenize(text, tokenizer, add_bos=False)[0]
-    text = args.input_template.replace("{}", prompt) if args.input_template else prompt
+    text = args.input_template.replace("{}", prompt)
     ids, _ = tokenize(text, tokenizer, add_bos=True)
     # In training the tokenizer may join a last blank to the next word, " the": then the model writes it.
     if text.endswith(" ") and tokenize(text + "the", tokenizer, add_bos=True)[0][: len(ids)] != ids:
@@ -327,7 +323,7 @@ def sampling_items(i, row, tokenizer, config, args):
     prompt, fields = messages, {"messages": messages}
     if not (args.apply_chat_template or isinstance(value, list)):
         prompt = messages[0]["content"]
-        fields = {"prompt": prompt} if args.input_template else {}
+        fields = {"prompt": prompt} if args.input_template != "{}" else {}
     text, ids = render_prompt(prompt, tokenizer, args)
     if args.csft_prompt is not None:
         fields["plain_input"] = text
@@ -369,25 +365,26 @@ def scoring_items(i, row, tokenizer, config, args):
     if args.reward_fn:
         response = response if isinstance(response, str) else response["content"]
         return [Item((i, 0), prompt, response, row)]
-    to_eos = args.eval_task == "logps" or is_openrlhf(config)  # the response ends in EOS, unless it was cut
+    # Hugging Face's reward models, unlike OpenRLHF's, read all that a chat template writes.
+    is_classifier = "ForSequenceClassification" in str(config.architectures)
+    to_eos = args.eval_task == "logps" or hasattr(config, "value_head_prefix") or not is_classifier
     if isinstance(prompt, str):
+        asked = prompt if is_ours else args.input_template.replace("{}", prompt)
+        text = asked + response
         add_bos = not (is_ours and "messages" in row)  # a rendered chat has its own
         add_eos = not cut
-        if args.input_template and not is_ours:
-            prompt = args.input_template.replace("{}", prompt)
-        text, start = prompt + response, len(prompt)
     else:
-        add_bos = False
-        add_eos = to_eos and not cut  # Hugging Face heads read all that the template writes
+        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         # continue_final_message: without what the template writes behind an answer
         text = tokenizer.apply_chat_template([*prompt, response], tokenize=False, continue_final_message=cut)
-        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        start = len(os.path.commonprefix([text, asked]))
+        add_bos = False
+        add_eos = to_eos and not cut
         if add_eos:
             text = text.rstrip("\n")
     ids, ends = tokenize(text, tokenizer, add_bos)
     if add_eos and not text.endswith(tokenizer.eos_token):
         ids = [*ids, tokenizer.eos_token_id]
+    start = len(os.path.commonprefix([text, asked]))
     first = max(1, sum(end <= start for end in ends))  # of the response
     if first == len(ids):
         raise ValueError("empty response")
@@ -418,12 +415,6 @@ def load_weights(auto, args, device, **options):
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # others drop the soft-cap in silence
     return model.to(device).eval().requires_grad_(False)
-
-
-def is_openrlhf(config):
-    """Whether OpenRLHF saved a reward model, rather than Hugging Face as a classifier."""
-    is_classifier = "ForSequenceClassification" in str(config.architectures)
-    return hasattr(config, "value_head_prefix") or not is_classifier
 
 
 def pad(rows, device, side="right"):
@@ -549,7 +540,7 @@ def run_engine(k, items, folder, tokenizer, args):
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.dp_size * args.tp_size)))
     mine = gpus.split(",")[k * args.tp_size : (k + 1) * args.tp_size]
     os.environ |= {"RANK": str(k), "WORLD_SIZE": str(args.dp_size), "CUDA_VISIBLE_DEVICES": ",".join(mine)}
-    run_stage(items, folder, tokenizer, None, args, None)
+    run_stage(items, folder, tokenizer, args, None)
 
 
 def hidden_states(body, batch, device):
@@ -578,10 +569,8 @@ def hidden_states(body, batch, device):
 def score(batches, tokenizer, args, device):
     """Rewards: (head(last hidden state) - mean) / std. The head computes in fp32."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain, num_labels=1)
-    options = {"config": config}
-    if is_openrlhf(config):
-        prefix = getattr(config, "value_head_prefix", args.value_head_prefix)
-        options["key_mapping"] = {rf"^{prefix}\.": "score."}
+    prefix = getattr(config, "value_head_prefix", args.value_head_prefix)  # where OpenRLHF saved the model
+    options = {"config": config, "key_mapping": {rf"^{prefix}\.": "score."}}
     model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
     head = model.score.float()
     mean, std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None) or 1.0
@@ -620,9 +609,7 @@ def load_reward(specs):
         name, _, weight = name.partition("=")
         sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
         try:
-            function = runpy.run_path(path)[name]
-            inspect.signature(function).bind("prompt", "response", {})
-            parts.append((float(weight or 1), function))
+            parts.append((float(weight or 1), runpy.run_path(path)[name]))
         except Exception as e:  # the file is the user's: anything may be wrong with it
             form = "FILE.py:NAME or FILE.py:NAME=WEIGHT, a function of (prompt, response, row)"
             die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be {form}")
@@ -649,8 +636,9 @@ def call_reward(items, function, args):
     os._exit(0)  # not waiting for threads and processes that the function left
 
 
-def call_rewards(items, folder, function, args):
+def call_rewards(items, folder, args):
     """Calls a reward function in a process per core. One that hangs, or ends its process, gives null."""
+    function = load_reward(args.reward_fn)
     fork = multiprocessing.get_context("fork")  # the file is loaded; no GPU or thread is in use yet
     rank, n_workers = os.environ["RANK"], torch.get_num_threads()
     lost = {"reward": None, "reward_error": f"no answer in {args.reward_timeout:g} s, or its process ended"}
@@ -806,14 +794,14 @@ def write_results(path, results, n_total):
             file.flush()
 
 
-def run_stage(items, folder, tokenizer, function, args, device):
+def run_stage(items, folder, tokenizer, args, device):
     """Runs this rank's share of the work, less what is done."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     done = read_results(folder)
     if done:
         note(f"resume {len(done):,} of {len(items):,} results are there")
-    if function:
-        return call_rewards(items[rank::world_size], folder, function, args)
+    if args.reward_fn:
+        return call_rewards(items[rank::world_size], folder, args)
     sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
     batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
     todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
@@ -887,10 +875,8 @@ def main(args):
     if args.post_processor == "iter_dpo" and not args.output_key:
         die("--post_processor iter_dpo needs a column of responses, not whole conversations")
     is_scoring = args.eval_task in ("rm", "logps")
-    function = tokenizer = config = None
-    if args.reward_fn:
-        function = load_reward(args.reward_fn)
-    else:
+    tokenizer = config = None
+    if not args.reward_fn:
         tokenizer = load_tokenizer(args.pretrain, args)
         config = transformers.AutoConfig.from_pretrained(args.pretrain)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -908,7 +894,7 @@ def main(args):
     if args.eval_task == "generate_vllm" and args.dp_size > 1:
         torch.multiprocessing.spawn(run_engine, (items, folder, tokenizer, args), args.dp_size)
     else:
-        run_stage(items, folder, tokenizer, function, args, device)
+        run_stage(items, folder, tokenizer, args, device)
     if os.environ["WORLD_SIZE"] != "1":
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
