@@ -575,8 +575,7 @@ def score(batches, tokenizer, args, device):
     head = model.score.float()
     mean, std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None) or 1.0
     for batch in batches:
-        states = hidden_states(model.base_model, batch, device)
-        last = torch.stack([response[-1] for response in states])  # [B, H]
+        last = torch.stack([states[-1] for states in hidden_states(model.base_model, batch, device)])
         rewards = (head(last.float())[:, 0] - mean) / std
         for item, reward in zip(batch, rewards.tolist()):
             yield item.key, {"reward": reward if math.isfinite(reward) else None}
@@ -659,23 +658,22 @@ def call_rewards(items, folder, args):
             done |= dict.fromkeys(killers, lost)
 
 
-# --- post-processors: what becomes of scored rows
+# --- post-processors: what becomes of the rows that have a reward
 
 
 def reward_statistics(rows):
-    """(mean, standard deviation) of the rewards that are there."""
-    rewards = [row["reward"] for row in rows if row["reward"] is not None]
+    """(mean, standard deviation) of the rewards."""
+    rewards = [row["reward"] for row in rows]
     return statistics.mean(rewards), statistics.pstdev(rewards)  # 0 for equal numbers, unlike numpy's
 
 
 def by_prompt(rows, args):
-    """The rows that have a reward, a list for each prompt, the best first."""
+    """A list of the rows of each prompt, the best first."""
     groups = collections.defaultdict(list)
     for row in rows:
-        if row["reward"] is not None:
-            prompt, _ = row_texts(row, False, args)
-            number = row.get("id") if "finish_reason" in row else None  # else it may be the response's
-            groups[json.dumps([number, prompt], default=str)].append(row)
+        prompt, _ = row_texts(row, False, args)
+        number = row.get("id") if "finish_reason" in row else None  # else it may be the response's
+        groups[json.dumps([number, prompt], default=str)].append(row)
     return [sorted(group, key=lambda row: -row["reward"]) for group in groups.values()]
 
 
@@ -711,7 +709,7 @@ def conditional_rows(rows, args):
     made = []
     for row in rows:
         is_ours = "finish_reason" in row
-        if row["reward"] is None or ("messages" in row and row.get("finish_reason") == "length"):
+        if "messages" in row and row.get("finish_reason") == "length":
             continue  # a chat template would end what was cut
         prompt, response = row_texts(row, args.apply_chat_template or is_ours, args)
         reward = (row["reward"] - mean) / (std or 1.0)
@@ -832,16 +830,17 @@ def write_outputs(rows, items, folder, identity, args):
         note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
     summary = {"rows": len(rows)}
     if args.eval_task == "rm":
-        if all(row["reward"] is None for row in rows):
+        scored = [row for row in rows if row["reward"] is not None]
+        if not scored:
             shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
             die(f"no row has a reward: {next(iter(errors), 'the model gives NaN')}")
-        summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
-    if args.scored_path:
-        write_rows(args.scored_path, rows)
-    processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
-    if args.post_processor != "null":
-        rows = processors[args.post_processor](rows, args)
-        summary["selected"] = len(rows)
+        summary["reward_mean"], summary["reward_std"] = reward_statistics(scored)
+        if args.scored_path:
+            write_rows(args.scored_path, rows)
+        processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
+        if args.post_processor in processors:
+            rows = processors[args.post_processor](scored, args)
+            summary["selected"] = len(rows)
     write_rows(args.output_path, rows)
     stamps = [stamp(path) for path in (args.output_path, args.scored_path) if path]
     meta = {"identity": identity, "outputs": stamps, "summary": summary}

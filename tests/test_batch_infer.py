@@ -255,7 +255,7 @@ def test_logps_are_hugging_faces(home, tmp_path, chat):
 
 def post(function, rows, keys=("input", "output"), **flags):
     args = script.Args("rm", "", "", input_key=keys[0], output_key=keys[1], **flags)
-    return getattr(script, function)(rows, args)
+    return getattr(script, function)([row for row in rows if row["reward"] is not None], args)
 
 
 def test_rejection_sampling():
