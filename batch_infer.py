@@ -818,13 +818,16 @@ def write_rows(path, rows):
 
 
 def write_outputs(rows, items, folder, identity, args):
-    """Writes the outputs and, behind them, what made them; then the parts go. rows: {key of an Item: row}."""
+    """Writes the outputs and, behind them, what made them; then the parts go."""
     found = read_results(folder)
     n_lost = sum(item.key not in found for item in items)
     if n_lost:
         die(f"{n_lost:,} results are missing in {folder}: do all nodes share this disk?")
-    nothing = {"logps": None, "tokens": None} if args.eval_task == "logps" else {"reward": None}
-    rows = [row | found.get(key, nothing) for key, row in rows.items()]
+    if args.eval_task in ("rm", "logps"):
+        nothing = {"reward": None} if args.eval_task == "rm" else {"logps": None, "tokens": None}
+        rows = [row | found.get((i, 0), nothing) for i, row in rows.items()]
+    else:
+        rows = [item.row | found[item.key] for item in items]
     errors = collections.Counter(row.pop("reward_error") for row in rows if "reward_error" in row)
     for error, n in errors.most_common(5):
         note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
@@ -883,10 +886,6 @@ def main(args):
         if not is_scoring and args.prompt_max_len + args.max_new_tokens > limit:
             die(f"--prompt_max_len + --max_new_tokens is more than the model's {limit} positions")
     items = collect(scoring_items if is_scoring else sampling_items, rows, tokenizer, config, args)
-    if is_scoring:
-        rows = {(i, 0): row for i, row in rows.items()}
-    else:
-        rows = {item.key: item.row for item in items}
     folder, identity = open_stage(args)
     if folder is None:
         return
