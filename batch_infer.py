@@ -45,7 +45,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 
@@ -420,7 +419,7 @@ def load_weights(auto, args, device, **options):
 def pad(rows, device, side="right"):
     """(input_ids, attention_mask), both [B, T], of lists of token ids."""
     parts = [torch.tensor(row) for row in rows]
-    ids = pad_sequence(parts, batch_first=True, padding_value=-1, padding_side=side)
+    ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1, padding_side=side)
     mask = ids >= 0
     # The padding is the row's own first token: masked, and no news to a repetition penalty.
     ids = torch.where(mask, ids, torch.tensor([row[:1] for row in rows]))
@@ -610,8 +609,7 @@ def load_reward(specs):
         try:
             parts.append((float(weight or 1), runpy.run_path(path)[name]))
         except Exception as e:  # the file is the user's: anything may be wrong with it
-            form = "FILE.py:NAME or FILE.py:NAME=WEIGHT, a function of (prompt, response, row)"
-            die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be {form}")
+            die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be FILE.py:NAME[=WEIGHT]")
     return lambda *texts_and_row: sum(weight * function(*texts_and_row) for weight, function in parts)
 
 
