@@ -24,7 +24,6 @@ import ctypes
 import datetime
 import faulthandler
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -34,7 +33,6 @@ import runpy
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -47,7 +45,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 
@@ -106,12 +103,8 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
-        if self.temperature <= 0 and self.best_of_n > 1:
-            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
-        if not self.pretrain and not self.reward_fn:
-            die("--pretrain is missing, or for --eval_task rm --reward_fn")
         if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
             die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
         if self.output_key and not self.input_key:
@@ -119,13 +112,13 @@ class Args:
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
-        self.input_template = (self.input_template or "").replace("\\n", "\n")
+        self.input_template = (self.input_template or "{}").replace("\\n", "\n")
         self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
-        if self.input_template and "{}" not in self.input_template:
+        if "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = ""
+            self.input_template = "{}"
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
@@ -185,7 +178,7 @@ def open_rows(name, split, cache_dir=None):
 
 
 def choose_columns(row, args):
-    """(prompt column, response column or None) of a row."""
+    """(--input_key, --output_key or None), where they are not given by the columns of a row."""
     layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
     layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
     layouts += [(name, None) for name in ("prompt", "instruction", "input", "question", "problem")]
@@ -196,30 +189,27 @@ def choose_columns(row, args):
     for keys in layouts:
         if set(keys) - {None} <= set(row):
             return keys
-    wanted = " and ".join(filter(None, [args.input_key, args.output_key])) or "of a known layout"
-    die(f"--dataset {args.dataset}: no column {wanted} (--input_key, --output_key) but {', '.join(row)}")
+    die(f"--dataset {args.dataset}: --input_key and --output_key must be among the columns {', '.join(row)}")
 
 
 def load_rows(args):
     """{id: row} of all datasets, with --dataset_probs their shares of as many rows; of --iter its slice."""
     tables = []
     for name in [name.strip() for name in args.dataset.split(",")]:
-        table = list(itertools.islice(open_rows(name, args.dataset_split), args.max_samples))
-        for i, row in enumerate(table):
-            if isinstance(row, str):  # a line of a .jsonl
-                try:
-                    table[i] = json.loads(row.strip() or "null")
-                except ValueError as e:
-                    die(f"dataset {name!r}: row {i + 1} is no JSON: {e}")
+        table = []
+        try:
+            for row in itertools.islice(open_rows(name, args.dataset_split), args.max_samples):
+                table.append(json.loads(row.strip() or "null") if isinstance(row, str) else row)
+        except ValueError as e:
+            die(f"dataset {name!r}: row {len(table) + 1} is no JSON: {e}")
         if not any(table):
             die(f"dataset {name!r}: no rows")
         tables.append(table)
     if args.dataset_probs and len(tables) > 1:
         total = sum(len(table) for table in tables)
-        shares = [float(share) for share in args.dataset_probs.split(",")]
-        if len(shares) != len(tables):
+        sizes = [round(float(share) * total) for share in args.dataset_probs.split(",")]
+        if len(sizes) != len(tables):
             die(f"--dataset_probs {args.dataset_probs}: not a number for each of {len(tables)} datasets")
-        sizes = [round(share * total) for share in shares]
         tables = [itertools.islice(itertools.cycle(table), size) for table, size in zip(tables, sizes)]
     rows = {i: row for i, row in enumerate(itertools.chain(*tables)) if row}  # a blank line is no row
     if args.iter is None or args.eval_task in ("rm", "logps"):
@@ -229,20 +219,20 @@ def load_rows(args):
     return {i: rows[i] for i in wanted}  # each once, also when all of them are fewer
 
 
-def read_pair(row, keys):
-    """(prompt, response) as they stand in the row; the response is [] where the prompt holds both."""
-    prompt = row.get(keys[0])
-    if keys[0] == "instruction" and row.get("input"):  # Alpaca's rows
+def read_prompt(row, args):
+    """The prompt as it stands in the row: text, messages, or a conversation with the response."""
+    prompt = row.get(args.input_key)
+    if args.input_key == "instruction" and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
-    return prompt, row.get(keys[1]) if keys[1] else []
+    return prompt
 
 
-def collect(make, rows, keys, tokenizer, config, args):
+def collect(make, rows, tokenizer, config, args):
     """The Items that make(id, row, ...) gives for the rows. What cannot be used is told; too many stop."""
     items, reasons = [], collections.defaultdict(list)
     for i, row in rows.items():
         try:
-            items += make(i, row, keys, tokenizer, config, args)
+            items += make(i, row, tokenizer, config, args)
         except Exception as e:  # of many types: a template may raise anything
             reasons[str(e).partition("\n")[0]].append(i)
     n_dropped = sum(len(ids) for ids in reasons.values())
@@ -312,42 +302,42 @@ def render_prompt(prompt, tokenizer, args):
     if isinstance(prompt, list):
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return text, tokenize(text, tokenizer, add_bos=False)[0]
-    text = args.input_template.replace("{}", prompt) if args.input_template else prompt
+    text = args.input_template.replace("{}", prompt)
     ids, _ = tokenize(text, tokenizer, add_bos=True)
-    if text.endswith(" "):  # it goes where the tokenizer joined it to the next word in training: " the"
-        longer = [tokenize(text + word, tokenizer, add_bos=True)[0] for word in ("a", "the")]
-        if any(other[: len(ids)] != ids for other in longer):
-            text = text[:-1]
-            ids, _ = tokenize(text, tokenizer, add_bos=True)
+    # In training the tokenizer may join a last blank to the next word, " the": then the model writes it.
+    if text.endswith(" ") and tokenize(text + "the", tokenizer, add_bos=True)[0][: len(ids)] != ids:
+        text = text[:-1]
+        ids, _ = tokenize(text, tokenizer, add_bos=True)
     if ids and ids[0] == tokenizer.bos_token_id:
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text, ids
 
 
-def sampling_items(i, row, keys, tokenizer, config, args):
+def sampling_items(i, row, tokenizer, config, args):
     """The Items of a prompt: its samples, with rows that lack what will be sampled."""
-    value, _ = read_pair(row, (keys[0], None))
+    value = read_prompt(row, args)
     messages = as_messages(value, "user")
     while messages[-1]["role"] == "assistant":  # of a conversation: the model answers itself
         messages.pop()
     prompt, fields = messages, {"messages": messages}
     if not (args.apply_chat_template or isinstance(value, list)):
         prompt = messages[0]["content"]
-        fields = {"prompt": prompt} if args.input_template else {}
+        fields = {"prompt": prompt} if args.input_template != "{}" else {}
     text, ids = render_prompt(prompt, tokenizer, args)
     if args.csft_prompt is not None:
         fields["plain_input"] = text
         text, ids = render_prompt(conditioned(prompt, args.csft_prompt, args), tokenizer, args)
     if not 0 < len(ids) <= args.prompt_max_len:
         raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
-    fields |= {name: row[name] for name in row if name not in (keys[0], *OUR_COLUMNS)}
+    fields |= {name: row[name] for name in row if name not in (args.input_key, *OUR_COLUMNS)}
     sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
     return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
 
 
-def row_texts(row, keys, chat):
+def row_texts(row, chat, args):
     """(prompt, response) of a row: two texts, or messages and the assistant's message that follows them."""
-    prompt, response = read_pair(row, keys)
+    prompt = read_prompt(row, args)
+    response = row.get(args.output_key) if args.output_key else []
     if row.get("finish_reason"):  # our own: input is rendered for the policy, messages are not
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
@@ -364,35 +354,36 @@ def row_texts(row, keys, chat):
     return messages[: turns[-1]], messages[turns[-1]]
 
 
-def scoring_items(i, row, keys, tokenizer, config, args):
+def scoring_items(i, row, tokenizer, config, args):
     """The one Item of a row: texts for a reward function, or ids as a reward model or the policy reads it."""
     is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
     if is_ours and args.eval_task == "logps":
         prompt, response = row["input"], row["output"]
     else:
-        prompt, response = row_texts(row, keys, args.apply_chat_template)
+        prompt, response = row_texts(row, args.apply_chat_template, args)
     if args.reward_fn:
         response = response if isinstance(response, str) else response["content"]
         return [Item((i, 0), prompt, response, row)]
-    to_eos = args.eval_task == "logps" or is_openrlhf(config)
+    # Hugging Face's reward models, unlike OpenRLHF's, read all that a chat template writes.
+    is_classifier = "ForSequenceClassification" in str(config.architectures)
+    to_eos = args.eval_task == "logps" or hasattr(config, "value_head_prefix") or not is_classifier
     if isinstance(prompt, str):
-        if args.input_template and not is_ours:
-            prompt = args.input_template.replace("{}", prompt)
-        text, start = prompt + response, len(prompt)
-        # What the policy saw has its BOS. A reward model's own goes in front, but not of a rendered chat.
-        add_bos = not is_ours or (args.eval_task == "rm" and "messages" not in row)
+        asked = prompt if is_ours else args.input_template.replace("{}", prompt)
+        text = asked + response
+        add_bos = not (is_ours and "messages" in row)  # a rendered chat has its own
+        add_eos = not cut
     else:
+        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         # continue_final_message: without what the template writes behind an answer
         text = tokenizer.apply_chat_template([*prompt, response], tokenize=False, continue_final_message=cut)
-        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        start = len(os.path.commonprefix([text, asked]))
         add_bos = False
-        if to_eos and not cut:
+        add_eos = to_eos and not cut
+        if add_eos:
             text = text.rstrip("\n")
     ids, ends = tokenize(text, tokenizer, add_bos)
-    ends_here = to_eos or isinstance(prompt, str)  # a template writes what its Hugging Face heads read
-    if ends_here and not cut and not text.endswith(tokenizer.eos_token):
+    if add_eos and not text.endswith(tokenizer.eos_token):
         ids = [*ids, tokenizer.eos_token_id]
+    start = len(os.path.commonprefix([text, asked]))
     first = max(1, sum(end <= start for end in ends))  # of the response
     if first == len(ids):
         raise ValueError("empty response")
@@ -425,16 +416,10 @@ def load_weights(auto, args, device, **options):
     return model.to(device).eval().requires_grad_(False)
 
 
-def is_openrlhf(config):
-    """Whether OpenRLHF saved a reward model, rather than Hugging Face as a classifier."""
-    is_classifier = "ForSequenceClassification" in str(config.architectures)
-    return hasattr(config, "value_head_prefix") or not is_classifier
-
-
 def pad(rows, device, side="right"):
     """(input_ids, attention_mask), both [B, T], of lists of token ids."""
     parts = [torch.tensor(row) for row in rows]
-    ids = pad_sequence(parts, batch_first=True, padding_value=-1, padding_side=side)
+    ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1, padding_side=side)
     mask = ids >= 0
     # The padding is the row's own first token: masked, and no news to a repetition penalty.
     ids = torch.where(mask, ids, torch.tensor([row[:1] for row in rows]))
@@ -548,20 +533,13 @@ def die_with_parent(parent):
         os._exit(1)
 
 
-def run_engines(folder, args):
-    """generate_vllm in dp_size processes: this same command, told by the environment what is its share."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    parent, engines = os.getpid(), []
-    for k in range(args.dp_size):
-        gpus = visible.split(",")[k * args.tp_size : (k + 1) * args.tp_size]
-        share = {"ENGINE_FOLDER": str(folder), "RANK": str(k), "WORLD_SIZE": str(args.dp_size)}
-        share["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        options = {"env": os.environ | share, "preexec_fn": lambda: die_with_parent(parent)}
-        engines.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], **options))
-    for _ in engines:
-        _, status = os.wait()  # for the next one that ends
-        if status:  # the others end with us
-            die("a vLLM engine failed, see above: the same command continues, or use --eval_task generate")
+def run_engine(k, items, folder, tokenizer, args):
+    """One of dp_size processes: a vLLM engine that does what rank k would, on tp_size GPUs of its own."""
+    die_with_parent(multiprocessing.parent_process().pid)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.dp_size * args.tp_size)))
+    mine = gpus.split(",")[k * args.tp_size : (k + 1) * args.tp_size]
+    os.environ |= {"RANK": str(k), "WORLD_SIZE": str(args.dp_size), "CUDA_VISIBLE_DEVICES": ",".join(mine)}
+    run_stage(items, folder, tokenizer, args, None)
 
 
 def hidden_states(body, batch, device):
@@ -590,16 +568,13 @@ def hidden_states(body, batch, device):
 def score(batches, tokenizer, args, device):
     """Rewards: (head(last hidden state) - mean) / std. The head computes in fp32."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain, num_labels=1)
-    options = {"config": config}
-    if is_openrlhf(config):
-        prefix = getattr(config, "value_head_prefix", args.value_head_prefix)
-        options["key_mapping"] = {rf"^{prefix}\.": "score."}
+    prefix = getattr(config, "value_head_prefix", args.value_head_prefix)  # where OpenRLHF saved the model
+    options = {"config": config, "key_mapping": {rf"^{prefix}\.": "score."}}
     model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
     head = model.score.float()
     mean, std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None) or 1.0
     for batch in batches:
-        states = hidden_states(model.base_model, batch, device)
-        last = torch.stack([response[-1] for response in states])  # [B, H]
+        last = torch.stack([states[-1] for states in hidden_states(model.base_model, batch, device)])
         rewards = (head(last.float())[:, 0] - mean) / std
         for item, reward in zip(batch, rewards.tolist()):
             yield item.key, {"reward": reward if math.isfinite(reward) else None}
@@ -632,23 +607,20 @@ def load_reward(specs):
         name, _, weight = name.partition("=")
         sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
         try:
-            function = runpy.run_path(path)[name]
-            inspect.signature(function).bind("prompt", "response", {})
-            parts.append((float(weight or 1), function))
+            parts.append((float(weight or 1), runpy.run_path(path)[name]))
         except Exception as e:  # the file is the user's: anything may be wrong with it
-            form = "FILE.py:NAME or FILE.py:NAME=WEIGHT, a function of (prompt, response, row)"
-            die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be {form}")
+            die(f"--reward_fn {spec}: {type(e).__name__}: {e}; it must be FILE.py:NAME[=WEIGHT]")
     return lambda *texts_and_row: sum(weight * function(*texts_and_row) for weight, function in parts)
 
 
-def call_reward(items, function, parent, seconds):
+def call_reward(items, function, args):
     """Rewards of a Python function, in a worker process, which ends when a call takes too long."""
-    die_with_parent(parent)
+    die_with_parent(multiprocessing.parent_process().pid)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no result
     quiet = open(os.devnull, "w")
     for item in items:
         # Unlike an alarm it ends also what catches every exception, or hangs in C.
-        faulthandler.dump_traceback_later(seconds, exit=True, file=quiet)
+        faulthandler.dump_traceback_later(args.reward_timeout, exit=True, file=quiet)
         try:
             result = {"reward": float(function(item.prompt, item.response, item.row))}
             if not math.isfinite(result["reward"]):
@@ -661,87 +633,83 @@ def call_reward(items, function, parent, seconds):
     os._exit(0)  # not waiting for threads and processes that the function left
 
 
-def call_rewards(items, folder, function, args):
+def call_rewards(items, folder, args):
     """Calls a reward function in a process per core. One that hangs, or ends its process, gives null."""
+    function = load_reward(args.reward_fn)
     fork = multiprocessing.get_context("fork")  # the file is loaded; no GPU or thread is in use yet
     rank, n_workers = os.environ["RANK"], torch.get_num_threads()
     lost = {"reward": None, "reward_error": f"no answer in {args.reward_timeout:g} s, or its process ended"}
-    while items:
-        shares = [items[k::n_workers] for k in range(n_workers)]
+    done = read_results(folder)
+    while left := [item for item in items if item.key not in done]:
+        shares = [left[k::n_workers] for k in range(n_workers)]
         workers = []
         for k, share in enumerate(shares):
-            results = call_reward(share, function, os.getpid(), args.reward_timeout)
-            options = (folder / f"{rank}_{k}.jsonl", results, len(share))
+            options = (folder / f"{rank}_{k}.jsonl", call_reward(share, function, args), len(share))
             workers.append(fork.Process(target=write_results, args=options))
             workers[-1].start()
         for worker in workers:
             worker.join()
         done = read_results(folder)
-        items = []
-        for share in shares:
-            left = [item for item in share if item.key not in done]
-            write_results(folder / f"{rank}_lost.jsonl", [(item.key, lost) for item in left[:1]], 1)
-            items += left[1:]
+        for share in shares:  # the first without an answer ended its worker
+            killers = [item.key for item in share if item.key not in done][:1]
+            write_results(folder / f"{rank}_lost.jsonl", [(key, lost) for key in killers], 1)
+            done |= dict.fromkeys(killers, lost)
 
 
-# --- post-processors: what becomes of scored rows
+# --- post-processors: what becomes of the rows that have a reward
 
 
 def reward_statistics(rows):
-    """(mean, standard deviation) of the rewards there are; None if there are none."""
-    rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    if not rewards:
-        return None, None
+    """(mean, standard deviation) of the rewards."""
+    rewards = [row["reward"] for row in rows]
     return statistics.mean(rewards), statistics.pstdev(rewards)  # 0 for equal numbers, unlike numpy's
 
 
-def by_prompt(rows, keys):
-    """The rows that have a reward, a list for each prompt, the best first."""
+def by_prompt(rows, args):
+    """A list of the rows of each prompt, the best first."""
     groups = collections.defaultdict(list)
     for row in rows:
-        if row["reward"] is not None:
-            prompt, _ = row_texts(row, keys, chat=False)
-            number = row.get("id") if "finish_reason" in row else None  # else it may be the response's
-            groups[json.dumps([number, prompt], default=str)].append(row)
+        prompt, _ = row_texts(row, False, args)
+        number = row.get("id") if "finish_reason" in row else None  # else it may be the response's
+        groups[json.dumps([number, prompt], default=str)].append(row)
     return [sorted(group, key=lambda row: -row["reward"]) for group in groups.values()]
 
 
-def best_samples(rows, keys, args):
+def best_samples(rows, args):
     """Rejection sampling: of each prompt the rs_top_k rows of highest reward; the first wins ties."""
     kept = []
-    for group in by_prompt(rows, keys):
+    for group in by_prompt(rows, args):
         all_equal = len(group) > 1 and group[0]["reward"] == group[-1]["reward"]
         if not (args.drop_all_equal and all_equal):
             kept += [row for row in group[: args.rs_top_k] if row["reward"] >= args.min_reward]
     return kept
 
 
-def best_and_worst(rows, keys, args):
+def best_and_worst(rows, args):
     """Iterative DPO: of each prompt the rows of highest and lowest reward, as a pair for dpo.py."""
     pairs = []
-    for group in by_prompt(rows, keys):
-        best = group[0]
-        worst = min(group, key=lambda row: row["reward"])
+    for group in by_prompt(rows, args):
+        best, worst = group[0], group[-1]
         margin = best["reward"] - worst["reward"]
-        if best[keys[1]] == worst[keys[1]] or margin <= args.min_margin:
+        if best[args.output_key] == worst[args.output_key] or margin <= args.min_margin:
             continue
-        pair = {"id": best.get("id"), "prompt": read_pair(best, keys)[0]}
+        pair = {"id": best.get("id"), "prompt": read_prompt(best, args)}
         for side, row in (("chosen", best), ("rejected", worst)):
-            pair |= {side: row[keys[1]], f"{side}_reward": row["reward"]}
+            pair |= {side: row[args.output_key], f"{side}_reward": row["reward"]}
             pair[f"{side}_finish_reason"] = row.get("finish_reason")
         pairs.append(pair)
     return pairs
 
 
-def conditional_rows(rows, keys, args):
+def conditional_rows(rows, args):
     """Conditional SFT: each response, with its reward in the prompt, as a row for sft.py."""
     mean, std = reward_statistics(rows) if args.normalize_reward else (0.0, 1.0)
     made = []
     for row in rows:
         is_ours = "finish_reason" in row
-        if row["reward"] is None or ("messages" in row and row.get("finish_reason") == "length"):
+        if "messages" in row and row.get("finish_reason") == "length":
             continue  # a chat template would end what was cut
-        prompt, response = row_texts(row, keys, args.apply_chat_template or is_ours)
+        prompt, response = row_texts(row, args.apply_chat_template or is_ours, args)
         reward = (row["reward"] - mean) / (std or 1.0)
         if isinstance(prompt, list):
             pair = {"input": conditioned(prompt, reward, args), "output": response["content"]}
@@ -822,15 +790,14 @@ def write_results(path, results, n_total):
             file.flush()
 
 
-def run_stage(items, folder, tokenizer, function, args, device):
+def run_stage(items, folder, tokenizer, args, device):
     """Runs this rank's share of the work, less what is done."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     done = read_results(folder)
     if done:
         note(f"resume {len(done):,} of {len(items):,} results are there")
-    if function:
-        items = [item for item in items[rank::world_size] if item.key not in done]
-        return call_rewards(items, folder, function, args)
+    if args.reward_fn:
+        return call_rewards(items[rank::world_size], folder, args)
     sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
     batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
     todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
@@ -848,29 +815,34 @@ def write_rows(path, rows):
     os.replace(f"{path}.tmp", path)
 
 
-def write_outputs(rows, items, keys, folder, identity, args):
-    """Writes the outputs and, behind them, what made them; then the parts go. rows: {key of an Item: row}."""
+def write_outputs(rows, items, folder, identity, args):
+    """Writes the outputs and, behind them, what made them; then the parts go."""
     found = read_results(folder)
     n_lost = sum(item.key not in found for item in items)
     if n_lost:
         die(f"{n_lost:,} results are missing in {folder}: do all nodes share this disk?")
-    nothing = {"logps": None, "tokens": None} if args.eval_task == "logps" else {"reward": None}
-    rows = [row | found.get(key, nothing) for key, row in rows.items()]
+    if args.eval_task in ("rm", "logps"):
+        nothing = {"reward": None} if args.eval_task == "rm" else {"logps": None, "tokens": None}
+        rows = [row | found.get((i, 0), nothing) for i, row in rows.items()]
+    else:
+        rows = [item.row | found[item.key] for item in items]
     errors = collections.Counter(row.pop("reward_error") for row in rows if "reward_error" in row)
     for error, n in errors.most_common(5):
         note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
-    if errors and all(row["reward"] is None for row in rows):
-        shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
-        die(f"--reward_fn {args.reward_fn} failed on every row: {next(iter(errors))}")
-    processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
-    choose = processors.get(args.post_processor)
-    selected = choose(rows, keys, args) if choose else rows
-    if args.scored_path:
-        write_rows(args.scored_path, rows)
-    write_rows(args.output_path, selected)
-    summary = {"rows": len(rows), "selected": len(selected)}
+    summary = {"rows": len(rows)}
     if args.eval_task == "rm":
-        summary["reward_mean"], summary["reward_std"] = reward_statistics(rows)
+        scored = [row for row in rows if row["reward"] is not None]
+        if not scored:
+            shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
+            die(f"no row has a reward: {next(iter(errors), 'the model gives NaN')}")
+        summary["reward_mean"], summary["reward_std"] = reward_statistics(scored)
+        if args.scored_path:
+            write_rows(args.scored_path, rows)
+        processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
+        if args.post_processor in processors:
+            rows = processors[args.post_processor](scored, args)
+            summary["selected"] = len(rows)
+    write_rows(args.output_path, rows)
     stamps = [stamp(path) for path in (args.output_path, args.scored_path) if path]
     meta = {"identity": identity, "outputs": stamps, "summary": summary}
     write_rows(f"{args.output_path}.meta.json", [meta])
@@ -886,7 +858,7 @@ def find_device(args):
         return "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     n_gpus = args.tp_size * args.dp_size if args.eval_task == "generate_vllm" else local_rank + 1
-    if n_gpus > torch.cuda.device_count() and "ENGINE_FOLDER" not in os.environ:
+    if n_gpus > torch.cuda.device_count():
         die(f"{n_gpus} GPUs are asked for, {torch.cuda.device_count()} are there")
     return f"cuda:{local_rank}"
 
@@ -898,40 +870,33 @@ def main(args):
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     device = find_device(args)
-    function = load_reward(args.reward_fn) if args.reward_fn else None
     rows = load_rows(args)
-    keys = choose_columns(next(iter(rows.values())), args)
-    if args.post_processor == "iter_dpo" and keys[1] is None:
+    args.input_key, args.output_key = choose_columns(next(iter(rows.values())), args)
+    if args.post_processor == "iter_dpo" and not args.output_key:
         die("--post_processor iter_dpo needs a column of responses, not whole conversations")
+    is_scoring = args.eval_task in ("rm", "logps")
     tokenizer = config = None
-    if not function:
+    if not args.reward_fn:
         tokenizer = load_tokenizer(args.pretrain, args)
         config = transformers.AutoConfig.from_pretrained(args.pretrain)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
         args.max_len = min(args.max_len, limit)
-    if args.eval_task in ("rm", "logps"):
-        items = collect(scoring_items, rows, keys, tokenizer, config, args)
-        rows = {(i, 0): row for i, row in rows.items()}
-    else:
-        if args.prompt_max_len + args.max_new_tokens > limit:
+        if not is_scoring and args.prompt_max_len + args.max_new_tokens > limit:
             die(f"--prompt_max_len + --max_new_tokens is more than the model's {limit} positions")
-        items = collect(sampling_items, rows, keys, tokenizer, config, args)
-        rows = {item.key: item.row for item in items}
-    if "ENGINE_FOLDER" in os.environ:  # one of several engines, which run_engines started
-        return run_stage(items, Path(os.environ["ENGINE_FOLDER"]), tokenizer, function, args, device)
+    items = collect(scoring_items if is_scoring else sampling_items, rows, tokenizer, config, args)
     folder, identity = open_stage(args)
     if folder is None:
         return
     if args.eval_task == "generate_vllm" and args.dp_size > 1:
-        run_engines(folder, args)
+        torch.multiprocessing.spawn(run_engine, (items, folder, tokenizer, args), args.dp_size)
     else:
-        run_stage(items, folder, tokenizer, function, args, device)
+        run_stage(items, folder, tokenizer, args, device)
     if os.environ["WORLD_SIZE"] != "1":
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
     if os.environ["RANK"] == "0":
-        write_outputs(rows, items, keys, folder, identity, args)
+        write_outputs(rows, items, folder, identity, args)
 
 
 if __name__ == "__mp_main__":  # a process of vLLM's

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -144,12 +145,10 @@ def test_stop(home, tmp_path):
     assert rows[one["id"]]["tokens"] < 6 and rows[two["id"]]["output"]
 
 
-def prompts_of(home, rows, tokenizer=None, **flags):
+def prompts_of(home, rows, tokenizer, **flags):
     """The Items of prompts."""
-    args = script.Args(**flags_of(home, "generate", "", **{"max_drop_ratio": 0.9} | flags))
-    keys, config = script.choose_columns(rows[0], args), AutoConfig.from_pretrained(args.pretrain)
-    make, tokenizer = script.sampling_items, tokenizer or tokenizer_with()
-    return script.collect(make, dict(enumerate(rows)), keys, tokenizer, config, args)
+    args = script.Args(**flags_of(home, "generate", "", input_key="prompt", **flags))
+    return script.collect(script.sampling_items, dict(enumerate(rows)), tokenizer, None, args)
 
 
 def test_slices_wrap_around_and_hold_a_prompt_once(tmp_path):
@@ -220,10 +219,10 @@ def test_what_a_reward_model_reads(home):
     chat, plain = "<|user|>ok?<eos>\n<|assistant|>yes", "policy's own formyes"
     for model, end in ((home / "rm", "<eos>\n"), (home / "openrlhf", "<eos>")):
         for templated, expected in ((True, [chat + end, chat]), (False, [plain + "<eos>", plain])):
-            args = script.Args(**flags_of(home, "rm", "", pretrain=str(model), apply_chat_template=templated))
+            flags = {"pretrain": str(model), "apply_chat_template": templated}
+            args = script.Args(**flags_of(home, "rm", "", input_key="input", output_key="output", **flags))
             tokenizer, config = tokenizer_with(), AutoConfig.from_pretrained(args.pretrain)
-            keys = script.choose_columns(rows[0], args)
-            items = script.collect(script.scoring_items, dict(enumerate(rows)), keys, tokenizer, config, args)
+            items = script.collect(script.scoring_items, dict(enumerate(rows)), tokenizer, config, args)
             assert [tokenizer.decode(item.prompt + item.response) for item in items] == expected
 
 
@@ -256,8 +255,8 @@ def test_logps_are_hugging_faces(home, tmp_path, chat):
 
 
 def post(function, rows, keys=("input", "output"), **flags):
-    args = script.Args("rm", "", "", pretrain="x", **flags)
-    return getattr(script, function)(rows, keys, args)
+    args = script.Args("rm", "", "", input_key=keys[0], output_key=keys[1], **flags)
+    return getattr(script, function)([row for row in rows if row["reward"] is not None], args)
 
 
 def test_rejection_sampling():
@@ -394,7 +393,7 @@ def launch(folder, configs, *launcher):
     """Runs main() for each configuration, in one start of Python per rank."""
     (folder / "configs.json").write_text(json.dumps(configs))
     words = [sys.executable, *launcher, TESTS / "launch.py", "batch_infer", folder / "configs.json"]
-    console_of(words, OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="")
+    console_of(words, OMP_NUM_THREADS=1, CUDA_VISIBLE_DEVICES="", PYTHONPATH=TESTS.parent)
     return words
 
 
@@ -469,12 +468,11 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
         " x longer than 20 tokens (--max_len": scored | {"max_len": 20},
-        "KeyError: 'missing'; it must be FILE.py:NAME": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:missing"},
-        "too many positional arguments": {"task": "rm", "reward_fn": f"{home}/my-rewards.py:hang"},
-        "broken failed on every row: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
-        "--pretrain is missing, or": {"task": "rm", "pretrain": ""},
-        "--best_of_n 2: greedy samples are all the same": {"greedy_sampling": True, "best_of_n": 2},
-        "no column prmpt (--input_key, --output_key) but prompt": {"input_key": "prmpt"},
+        "KeyError: 'missing'; it must be FILE.py:NAME": scored | {"reward_fn": f"{home}/my-rewards.py:missing"},
+        "hang() takes 0 positional arguments but 3 were given": scored | {"reward_fn": f"{home}/my-rewards.py:hang"},
+        "no row has a reward: KeyError: 'no such thing' (line ": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
+        "model '': neither": {"task": "rm", "pretrain": ""},
+        "--input_key and --output_key must be among the columns prompt": {"input_key": "prmpt"},
         "--prompt_max_len + --max_new_tokens is more than the model's 256": {"max_new_tokens": 200},
         "empty.jsonl": {"dataset": write_rows(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
@@ -491,15 +489,6 @@ def test_bad_input(home, samples, tmp_path, capsys):
 
 
 # --- vLLM
-
-
-def test_an_engine_that_fails_ends_the_others(tmp_path, monkeypatch):
-    code = "import os, time; time.sleep(60 if os.environ['RANK'] == '0' else 0); raise SystemExit(1)"
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])
-    started = time.monotonic()
-    with pytest.raises(SystemExit):
-        script.run_engines(tmp_path, script.Args("generate", "out", "rows", pretrain="x", dp_size=2))
-    assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
@@ -520,13 +509,15 @@ def test_vllm(home, tmp_path):
     words = launch(tmp_path, [configs[1] | {"dp_size": 2, "output_path": str(tmp_path / "3.jsonl")}])
     assert read(tmp_path / "3.jsonl") == rows
     Path(tmp_path / "3.jsonl").unlink()
-    killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    engines = []
-    while len(engines) < 2 and killed.poll() is None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS.parent)}
+    killed = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = []
+    while len(children) < 3 and killed.poll() is None:  # the third is Python's own, and ends likewise
         time.sleep(0.1)
-        engines = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+        children = psutil.Process(killed.pid).children()
+    time.sleep(random.uniform(0, 8))  # engines may be importing, or sampling
+    assert len(children) == 3
     killed.kill()
     killed.wait()
-    time.sleep(2)
-    states = subprocess.run(["ps", "-o", "state=", "-p", ",".join(engines)], capture_output=True, text=True)
-    assert len(engines) == 2 and set(states.stdout.split()) <= {"Z"}  # gone, or dead and not yet waited for
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-MAX_LINES = {"sft.py": 900, "kd.py": 1055, "dpo.py": 1090, "kto.py": 1050, "batch_infer.py": 945}
+MAX_LINES = {"sft.py": 900, "kd.py": 1055, "dpo.py": 1090, "kto.py": 1050, "batch_infer.py": 906}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
 MAX_TEST_LINES = 3650  # of tests/*.py together

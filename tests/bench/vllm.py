@@ -63,13 +63,13 @@ def main():
     sys.path.remove(str(Path(__file__).resolve().parent))  # this file is called vllm, too
     script, folder = load_script(), Path(tempfile.mkdtemp())
     prepare(folder, options.prompts)
-    flags = {"dataset": str(folder / "prompts.jsonl"), "best_of_n": options.samples, "bf16": False}
-    flags |= {"max_new_tokens": options.max_new_tokens, "prompt_max_len": 200, "pretrain": str(folder / "model")}
+    flags = {"dataset": str(folder / "prompts.jsonl"), "input_key": "prompt", "bf16": False}
+    flags |= {"best_of_n": options.samples, "max_new_tokens": options.max_new_tokens, "prompt_max_len": 200}
+    flags["pretrain"] = str(folder / "model")
     args = script.Args("generate_vllm", str(folder / "out.jsonl"), **flags)
     tokenizer = script.load_tokenizer(args.pretrain, args)
-    config = script.transformers.AutoConfig.from_pretrained(args.pretrain)
-    stop_ids, keys = script.find_stops(tokenizer, args), ("prompt", None)
-    items = script.collect(script.sampling_items, script.load_rows(args), keys, tokenizer, config, args)
+    stop_ids = script.find_stops(tokenizer, args)
+    items = script.collect(script.sampling_items, script.load_rows(args), tokenizer, None, args)
     engine = script.start_vllm(args)
     engine.engine_core.shutdown = lambda: None
     script.start_vllm = lambda args: engine
