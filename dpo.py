@@ -144,6 +144,8 @@ class Args:
         if self.use_wandb and not transformers.integrations.is_wandb_available():
             note("notice wandb is not installed: metrics are in metrics.jsonl only")
             self.use_wandb = None
+        if self.ipo and self.loss_type not in ("sigmoid", "ipo"):
+            die("--ipo is --loss_type ipo: leave one of the two out")
         self.loss_type = "ipo" if self.ipo else self.loss_type
         if self.loss_type not in LOSSES:
             die(f"--loss_type {self.loss_type}: choose {', '.join(LOSSES)}")
@@ -307,9 +309,11 @@ def encode_response(row, prompt_key, response_key, tokenizer, args):
     """As encode, of two columns; conversations, and text as in hh-rlhf, have their prompt in the response."""
     if response_key not in row:
         raise ValueError(f"no column {response_key} (a flag *_key names another) but {', '.join(row)}")
+    finish_reason = row.get(f"{response_key}_finish_reason")
     known = ("prompt", "question", "instruction", "input")
-    if "finish_reason" in row:  # sampled: other columns are the prompt before its template
+    if {"input", "finish_reason"} <= set(row):  # sampled: other columns are the prompt before its template
         known = ("input",)
+        finish_reason = row["finish_reason"]
     prompt_key = prompt_key or next((key for key in known if key in row), None)
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
@@ -321,7 +325,6 @@ def encode_response(row, prompt_key, response_key, tokenizer, args):
         prompt = head + mark
     elif prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
-    finish_reason = row.get(f"{response_key}_finish_reason", row.get("finish_reason"))
     return encode(prompt, response, tokenizer, args, finish_reason)
 
 

@@ -188,6 +188,8 @@ def load_tokenizer(path, args):
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
+    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
+        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
@@ -301,7 +303,7 @@ def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
                         raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
                     yield example | where | {"length": len(ids), "n_trained": example["trained"].sum()}
             except Exception as e:  # of many types: a chat template may raise anything
-                yield where | {"reason": str(e).partition("\n")[0][:200]}
+                yield where | {"reason": str(e).partition("\n")[0][:200] or type(e).__name__}
 
 
 def stamp(name):
@@ -324,15 +326,17 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     names = [name.strip() for name in names.split(",")]
     tables = [open_rows(name, split, args.cache_dir) for name in names]
     sizes = [min(len(rows), args.max_samples) for rows in tables]
-    wanted = sizes
+    if 0 in sizes:
+        die(f"dataset {names[sizes.index(0)]!r} has no rows")
+    shares = sizes
     if probs:
-        wanted = [round(float(prob) * sum(sizes)) for prob in probs.split(",")]
+        shares = [round(float(prob) * sum(sizes)) for prob in probs.split(",")]
+    if len(shares) != len(names):
+        die(f"--dataset_probs {probs}: not a number for each of {len(names)} datasets")
     spans = []  # to be dealt to processes
-    for name, rows, size, share in zip(names, tables, sizes, wanted, strict=True):
+    for name, rows, size, share in zip(names, tables, sizes, shares):
         numbers = np.resize(np.arange(size), share)  # where they are too few, from the first again
         spans += [(name, rows, part) for part in np.array_split(numbers, share // 256 + 1)]
-    n = sum(wanted)
-
     # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     decides = [names, probs, split, [stamp(name) for name in names], config.vocab_size, code]
@@ -345,15 +349,19 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": spans},
-        num_proc=args.num_proc if n >= 2000 else 1,  # fewer rows do not pay for a process
-        fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
+        num_proc=args.num_proc if sum(shares) >= 2000 else 1,  # fewer rows do not pay for a process
+        fingerprint=datasets.fingerprint.Hasher.hash(decides),
     )
+    return keep_usable(table, sum(shares), args)
 
+
+def keep_usable(table, n, args):
+    """The examples of a table made of n rows, without the rows that cannot be used, which are told."""
     usable = table.data["reason"].is_null().to_numpy()
     dropped = table.select(np.flatnonzero(~usable)).to_pandas()
     for reason, where in dropped.groupby("reason")["where"]:
         note(f"dropped {len(where):,} of {n:,} rows: {reason}; the first: {where.iloc[0]}")
-    if len(dropped) > args.max_drop_ratio * n:
+    if len(dropped) > args.max_drop_ratio * n or not usable.any():
         why = f"{dropped['where'][0]}: {dropped['reason'][0]}"
         die(f"{len(dropped):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {why}")
     table = table.select(np.flatnonzero(usable)).with_format("numpy")
