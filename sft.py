@@ -28,7 +28,6 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -428,14 +427,12 @@ def pack_rows(examples, device):
 
 def attend(query, key, value, scaling, window, softcap):
     """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim]."""
-    options = {"scale": scaling, "enable_gqa": True}
-    if not window and not softcap:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    n = query.shape[2]
-    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
-    if window:
-        mask = mask.triu(1 - window)  # so many positions are seen, the own one included
+    n, mask = query.shape[2], None
+    if window or softcap:
+        mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+        mask = mask.triu(1 - (window or n))  # so many positions are seen, the own one included
     if not softcap:
+        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -519,10 +516,10 @@ def sft_step(engine, examples, args, train=True):
 
 
 def setup(args):
-    """(rank, world size, device) of this process; quiets libraries. There is no process group yet."""
+    """Environment, quiet libraries, threads. Nothing here uses CUDA: what encodes rows is forked."""
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    args.cache_dir = os.path.expanduser(args.cache_dir)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -531,32 +528,26 @@ def setup(args):
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    args.cache_dir = os.path.expanduser(args.cache_dir)
-    try:
-        os.makedirs(args.cache_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.cache_dir).close()
-    except OSError as e:
-        note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
-        args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
         if local_size > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
-        return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
-    if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
-    return rank, world_size, "cpu"
 
 
-def connect(device, args):
-    """Joins the process group. This is the first use of CUDA: what encodes rows was forked before it."""
-    if device != "cpu":
+def connect(args):
+    """Joins the process group; (rank, world size, device) of this process. From here on CUDA is used."""
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
         if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def deepspeed_config(path, args):
@@ -582,21 +573,16 @@ def deepspeed_config(path, args):
 
 def load_model(path, args, config=None):
     """The causal LM with our attention, all weights from the checkpoint, dropout off; config: DeepSpeed's."""
-    # While this object lives, a model is loaded in shards, never whole on one rank.
-    sharding = config and args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
-    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    options["output_loading_info"] = True
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except Exception as e:  # of many types: a file that was cut off, another kind of model
-        die(f"model {path!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-    del sharding
+    # While this object lives, ZeRO-3 loads a model in shards, never whole on one rank.
+    _sharding = config and transformers.integrations.HfDeepSpeedConfig(config)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options = {"dtype": dtype, "attn_implementation": "packed", "output_loading_info": True}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     if info["missing_keys"]:
         die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
     for module in model.modules():
-        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in {"p", "dropout", "activation_dropout", "layerdrop"} & vars(module).keys():
+            setattr(module, name, 0.0)  # p of nn.Dropout, the others are given to F.dropout
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling settings without do_sample: saving would fail, after the training
@@ -633,27 +619,24 @@ def start_engine(args, total_steps, wrapper):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model).eval()  # for check_attention; the step sets training mode
-    return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+    engine = {"model": wrapper(model), "optimizer": optimizer, "lr_scheduler": scheduler, "config": config}
+    return deepspeed.initialize(**engine)[0]
 
 
 @torch.no_grad()
 def check_attention(engine, args):
-    """Stops unless a pack has the log-probs that the model itself gives to each of its sequences alone."""
+    """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
     wrapper = getattr(engine, "module", engine)
-    examples = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
-    alone = [pack_rows([example], engine.device) for example in examples]
-    pack = pack_rows(examples, engine.device)
-    found = wrapper(pack)
-    other = pack["input_ids"].clone()
-    other[0, :5] += 1  # of the first sequence: the last one must not notice, to the bit
-    leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
+    first, last = ({"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23))
+    other = first | {"input_ids": first["input_ids"] + 1}  # in its place: the last one must not notice
+    found, again = (wrapper(pack_rows([x, last], engine.device))[-18:] for x in (first, other))
+    alone = pack_rows([last], engine.device)
     wrapper.model.set_attn_implementation("eager")
-    logits = torch.cat([wrapper.model(one["input_ids"]).logits[0, one["positions"]] for one in alone])
+    logits = wrapper.model(alone["input_ids"]).logits[0, alone["positions"]]
     wrapper.model.set_attn_implementation("packed")
-    expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
+    expected = -F.cross_entropy(logits.float(), alone["targets"], reduction="none")
+    worst, leak = ((found - logps).abs().mean().item() for logps in (expected, again))
     # In bf16 rounding alone makes up to 0.2 in a deep model.
-    worst = (found - expected).abs().mean().item()
     if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
         cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
         die(f"{type(wrapper.model).__name__} is not supported: {cause}")
@@ -687,15 +670,15 @@ def difference(folder, identity):
 def publish(args):
     """Moves a finished model, <save_path>.partial, into place; what is no model file there survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
-    if not (partial / "args.json").exists():
+    if os.environ["RANK"] != "0" or not (partial / "args.json").exists():
         return
     shutil.rmtree(args.ckpt_path, ignore_errors=True)
-    if target.exists():
-        old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
-        for path in target.iterdir():
-            if path not in old and not (partial / path.name).exists():
-                os.rename(path, partial / path.name)
-        shutil.rmtree(target)
+    target.mkdir(exist_ok=True)
+    old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
+    for path in set(target.iterdir()) - old:
+        if not (partial / path.name).exists():
+            os.rename(path, partial / path.name)
+    shutil.rmtree(target)
     os.rename(partial, target)
 
 
@@ -749,9 +732,8 @@ def save_model(engine, tokenizer, args, identity):
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
         model = engine.module.model
         if args.lora_rank:
-            model = load_model(args.pretrain, args)
-            adapted = add_lora(model, args)
-            model.load_state_dict(weights)
+            adapted = add_lora(load_model(args.pretrain, args), args)
+            adapted.get_base_model().load_state_dict(weights)
             model = adapted.merge_and_unload()
             weights = model.state_dict()
         model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
@@ -775,52 +757,49 @@ def plan_steps(lengths, args):
 
 
 def mark_trained(example, tokenizer):
-    """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
-    ids = example["input_ids"]
-    edges = np.flatnonzero(np.diff(example["trained"])) + 1
-    # Decoded from the start each time: tokens on their own would lose their blanks.
-    texts = ["", *[tokenizer.decode(ids[:edge]) for edge in [*edges, len(ids)]]]
-    pieces = [text[len(before) :] for before, text in zip(texts, texts[1:])]
-    marked = [f"[{piece}]" if i % 2 else piece for i, piece in enumerate(pieces)]
-    return repr(marked[0][-60:] + "".join(marked[1:])[:240])
+    """Text of an example, its last trained span in brackets: shows mistakes of template and EOS."""
+    ids, trained = example["input_ids"], example["trained"]
+    stop = np.flatnonzero(trained)[-1] + 1
+    start = np.flatnonzero(~trained[:stop])[-1] + 1
+    # Both from the first token on: tokens on their own would lose their blanks.
+    before, text = tokenizer.decode(ids[:start]), tokenizer.decode(ids[:stop])
+    return repr(f"{before[-60:]}[{text[len(before) :][:240]}]")
 
 
-def report(step, total_steps, metrics, seconds_left, args):
+def report(step, total_steps, metrics, args):
     """Logs a step, on rank 0: in metrics.jsonl, in Weights & Biases, and its main numbers on the console."""
     if dist.get_rank() > 0:
         return
     with open(f"{args.save_path}.partial/metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
     if args.use_wandb:
-        sys.modules["wandb"].log(metrics, step=step)
+        import wandb
+
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        run = wandb.run or wandb.init()
+        run.log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
     shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
-    left = datetime.timedelta(seconds=int(seconds_left))
-    note(f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}")
+    note(f"step {step:>5}/{total_steps}  {' '.join(shown)}")
 
 
 def main(args):
-    rank, world_size, device = setup(args)
-    if rank == 0:
-        publish(args)  # what a run had finished that was killed while it moved its model into place
+    setup(args)
+    publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: sft (inputs)
     encoding = (encode_example, tokenizer, args)
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
-    held_out = []
-    if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
+    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     lengths, n_trained = examples["length"][:], examples["n_trained"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
-    if len(examples) < args.train_batch_size:
-        note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
-    connect(device, args)
+    rank, world_size, device = connect(args)
     state = [open_run(args, identity) if rank == 0 else None]
     dist.broadcast_object_list(state)
     start_step = state[0]
@@ -843,21 +822,15 @@ def main(args):
     precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
     note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
-    note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
+    note(f"batch  {min(args.train_batch_size, len(examples))} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
 
-    if args.use_wandb and rank == 0:
-        import wandb
-
-        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        wandb.init()
-
-    def evaluate():
+    def evaluate(step):
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        report(step, total_steps, {f"eval/{name}": value for name, value in metrics.items()}, args)
 
     if held_out and start_step == 0:
-        report(0, total_steps, evaluate(), 0, args)
+        evaluate(0)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
     batches = itertools.islice(plan_steps(lengths, args), start_step, total_steps)
     for step, batch in enumerate(batches, start_step + 1):
@@ -875,11 +848,10 @@ def main(args):
         peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["peak_mem_gib"] = peak / 2**30
         ends = step == total_steps
-        evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
-        if evaluates:
-            metrics |= evaluate()
-        if evaluates or ends or step % args.logging_steps == 0:
-            report(step, total_steps, metrics, took * (total_steps - step), args)
+        if step % args.logging_steps == 0 or ends:
+            report(step, total_steps, metrics, args)
+        if held_out and (step % eval_steps == 0 or ends):
+            evaluate(step)
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)
