@@ -468,9 +468,8 @@ class LogProbs(torch.nn.Module):
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        for p in self.parts[1].parameters():
-            if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-                deepspeed.zero.register_external_parameter(self, p)
+        for p in self.parts[1].parameters():  # under ZeRO-3 gathered once per pass, not per chunk
+            deepspeed.zero.register_external_parameter(self, p)
 
     def chunk_logps(self, weight, bias, hidden, targets):
         """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap their logits."""
@@ -539,15 +538,13 @@ def setup(args):
 
 def connect(args):
     """Joins the process group; (rank, world size, device) of this process. From here on CUDA is used."""
-    device = "cpu"
     if torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
-    return dist.get_rank(), dist.get_world_size(), device
+    return dist.get_rank(), dist.get_world_size(), deepspeed.get_accelerator().current_device_name()
 
 
 def deepspeed_config(path, args):
@@ -579,7 +576,7 @@ def load_model(path, args, config=None):
     options = {"dtype": dtype, "attn_implementation": "packed", "output_loading_info": True}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     if info["missing_keys"]:
-        die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
+        die(f"model {path!r}: weights are missing from it: {sorted(info['missing_keys'])[:3]} ...")
     for module in model.modules():
         for name in {"p", "dropout", "activation_dropout", "layerdrop"} & vars(module).keys():
             setattr(module, name, 0.0)  # p of nn.Dropout, the others are given to F.dropout
@@ -595,8 +592,7 @@ def add_lora(model, args):
     import peft
 
     options = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    return peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))
 
 
 def start_engine(args, total_steps, wrapper):
@@ -619,17 +615,19 @@ def start_engine(args, total_steps, wrapper):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    engine = {"model": wrapper(model), "optimizer": optimizer, "lr_scheduler": scheduler, "config": config}
-    return deepspeed.initialize(**engine)[0]
+    model = wrapper(model)
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
 @torch.no_grad()
 def check_attention(engine, args):
     """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
     wrapper = getattr(engine, "module", engine)
-    first, last = ({"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23))
-    other = first | {"input_ids": first["input_ids"] + 1}  # in its place: the last one must not notice
-    found, again = (wrapper(pack_rows([x, last], engine.device))[-18:] for x in (first, other))
+    first = {"input_ids": np.arange(17), "trained": np.arange(17) > 4}
+    last = {"input_ids": np.arange(23) * 7 % 32, "trained": np.arange(23) > 4}
+    found = wrapper(pack_rows([first, last], engine.device))[-18:]
+    first["input_ids"] += 1  # the last one must not notice
+    again = wrapper(pack_rows([first, last], engine.device))[-18:]
     alone = pack_rows([last], engine.device)
     wrapper.model.set_attn_implementation("eager")
     logits = wrapper.model(alone["input_ids"]).logits[0, alone["positions"]]
@@ -695,20 +693,20 @@ def open_run(args, identity):
     if models and os.path.realpath(args.pretrain) != args.save_path:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
     newest = max(Path(args.ckpt_path).glob("step_*[0-9]"), default=None)  # no step_N.partial
-    if newest:
-        changed = difference(newest, identity)
-        if changed:
-            die(f"{newest} is a checkpoint of another run, remove it: {changed}")
-        note(f"resume {newest}")
+    changed = newest and difference(newest, identity)
+    if changed:
+        die(f"{newest} is a checkpoint of another run, remove it: {changed}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / "metrics.jsonl").touch()
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    if newest:
-        shutil.copy(newest / "metrics.jsonl", partial)  # without the steps that come again
-    return int(newest.name[5:]) if newest else 0
+    if not newest:
+        (partial / "metrics.jsonl").touch()
+        return 0
+    note(f"resume {newest}")
+    shutil.copy(newest / "metrics.jsonl", partial)  # without the steps that come again
+    return int(newest.name[5:])
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -758,12 +756,11 @@ def plan_steps(lengths, args):
 
 def mark_trained(example, tokenizer):
     """Text of an example, its last trained span in brackets: shows mistakes of template and EOS."""
-    ids, trained = example["input_ids"], example["trained"]
-    stop = np.flatnonzero(trained)[-1] + 1
-    start = np.flatnonzero(~trained[:stop])[-1] + 1
-    # Both from the first token on: tokens on their own would lose their blanks.
-    before, text = tokenizer.decode(ids[:start]), tokenizer.decode(ids[:stop])
-    return repr(f"{before[-60:]}[{text[len(before) :][:240]}]")
+    ids = example["input_ids"]
+    start = np.flatnonzero(~example["trained"])[-1] + 1
+    before = tokenizer.decode(ids[:start])
+    span = tokenizer.decode(ids)[len(before) :]  # tokens on their own would lose their blanks
+    return repr(f"{before[-60:]}[{span[:240]}]")
 
 
 def report(step, total_steps, metrics, args):
@@ -778,10 +775,8 @@ def report(step, total_steps, metrics, args):
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
         run = wandb.run or wandb.init()
         run.log(metrics, step=step)
-    labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
-    labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
-    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
+    columns = ("loss", "rewards/accuracies", "rewards/margins", "kl", "grad_norm", "tokens_per_sec")
+    shown = [f"{k} {value:<8.4g}" for k, value in metrics.items() if k.removeprefix("eval/") in columns]
     note(f"step {step:>5}/{total_steps}  {' '.join(shown)}")
 
 
@@ -818,9 +813,7 @@ def main(args):
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")
-    n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
-    note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
+    note(f"model  {args.pretrain}, {world_size} x {engine.device}, ZeRO-{args.zero_stage}, bf16 {args.bf16}")
     note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
     note(f"batch  {min(args.train_batch_size, len(examples))} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
