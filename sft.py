@@ -28,7 +28,6 @@ import os
 import resource
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -413,14 +412,12 @@ def pack_rows(examples, device):
 
 def attend(query, key, value, scaling, window, softcap):
     """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim]."""
-    options = {"scale": scaling, "enable_gqa": True}
-    if not window and not softcap:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    n = query.shape[2]
-    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
-    if window:
-        mask = mask.triu(1 - window)  # so many positions are seen, the own one included
+    n, mask = query.shape[2], None
+    if window or softcap:
+        mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+        mask = mask.triu(1 - (window or n))  # so many positions are seen, the own one included
     if not softcap:
+        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -456,9 +453,8 @@ class LogProbs(torch.nn.Module):
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        for p in self.parts[1].parameters():
-            if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-                deepspeed.zero.register_external_parameter(self, p)
+        for p in self.parts[1].parameters():  # under ZeRO-3 gathered once per pass, not per chunk
+            deepspeed.zero.register_external_parameter(self, p)
 
     def chunk_logps(self, weight, bias, hidden, targets):
         """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap their logits."""
@@ -504,10 +500,10 @@ def sft_step(engine, examples, args, train=True):
 
 
 def setup(args):
-    """(rank, world size, device) of this process; quiets libraries. There is no process group yet."""
+    """Environment, quiet libraries, threads. Nothing here uses CUDA: what encodes rows is forked."""
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    args.cache_dir = os.path.expanduser(args.cache_dir)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -516,32 +512,24 @@ def setup(args):
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    args.cache_dir = os.path.expanduser(args.cache_dir)
-    try:
-        os.makedirs(args.cache_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.cache_dir).close()
-    except OSError as e:
-        note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
-        args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
         if local_size > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
-        return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
-    if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
-    return rank, world_size, "cpu"
 
 
-def connect(device, args):
-    """Joins the process group. This is the first use of CUDA: what encodes rows was forked before it."""
-    if device != "cpu":
-        torch.cuda.set_device(device)
+def connect(args):
+    """Joins the process group; (rank, world size, device) of this process. From here on CUDA is used."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), deepspeed.get_accelerator().current_device_name()
 
 
 def deepspeed_config(path, args):
@@ -567,21 +555,16 @@ def deepspeed_config(path, args):
 
 def load_model(path, args, config=None):
     """The causal LM with our attention, all weights from the checkpoint, dropout off; config: DeepSpeed's."""
-    # While this object lives, a model is loaded in shards, never whole on one rank.
-    sharding = config and args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
-    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    options["output_loading_info"] = True
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except Exception as e:  # of many types: a file that was cut off, another kind of model
-        die(f"model {path!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-    del sharding
+    # While this object lives, ZeRO-3 loads a model in shards, never whole on one rank.
+    _sharding = config and transformers.integrations.HfDeepSpeedConfig(config)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options = {"dtype": dtype, "attn_implementation": "packed", "output_loading_info": True}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     if info["missing_keys"]:
-        die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
+        die(f"model {path!r} lacks weights, such as {min(info['missing_keys'])}")
     for module in model.modules():
-        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in {"p", "dropout", "activation_dropout", "layerdrop"} & vars(module).keys():
+            setattr(module, name, 0.0)  # p of nn.Dropout, the others are given to F.dropout
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling settings without do_sample: saving would fail, after the training
@@ -594,8 +577,7 @@ def add_lora(model, args):
     import peft
 
     options = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    return peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))
 
 
 def start_engine(args, total_steps, wrapper):
@@ -618,30 +600,30 @@ def start_engine(args, total_steps, wrapper):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model).eval()  # for check_attention; the step sets training mode
-    return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+    model = wrapper(model)
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
 @torch.no_grad()
 def check_attention(engine, args):
-    """Stops unless a pack has the log-probs that the model itself gives to each of its sequences alone."""
-    wrapper = getattr(engine, "module", engine)
-    examples = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
-    alone = [pack_rows([example], engine.device) for example in examples]
-    pack = pack_rows(examples, engine.device)
-    found = wrapper(pack)
-    other = pack["input_ids"].clone()
-    other[0, :5] += 1  # of the first sequence: the last one must not notice, to the bit
-    leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
-    wrapper.model.set_attn_implementation("eager")
-    logits = torch.cat([wrapper.model(one["input_ids"]).logits[0, one["positions"]] for one in alone])
-    wrapper.model.set_attn_implementation("packed")
-    expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
-    # In bf16 rounding alone makes up to 0.2 in a deep model.
+    """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
+    model = engine.model
+    first = {"input_ids": np.arange(17), "trained": np.arange(17) > 4}
+    last = {"input_ids": np.arange(23) * 7 % 32, "trained": np.arange(23) > 4}
+    found = engine(pack_rows([first, last], engine.device))[-18:]
+    first["input_ids"] += 1  # the last one must not notice
+    again = engine(pack_rows([first, last], engine.device))[-18:]
+    alone = pack_rows([last], engine.device)
+    model.set_attn_implementation("eager")
+    logits = model(alone["input_ids"]).logits[0, alone["positions"]]
+    model.set_attn_implementation("packed")
+    expected = -F.cross_entropy(logits.float(), alone["targets"], reduction="none")
     worst = (found - expected).abs().mean().item()
+    leak = (found - again).abs().mean().item()
+    # In bf16 rounding alone makes up to 0.2 in a deep model.
     if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
         cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
-        die(f"{type(wrapper.model).__name__} is not supported: {cause}")
+        die(f"{type(model).__name__} is not supported: {cause}")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -672,15 +654,15 @@ def difference(folder, identity):
 def publish(args):
     """Moves a finished model, <save_path>.partial, into place; what is no model file there survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
-    if not (partial / "args.json").exists():
+    if os.environ["RANK"] != "0" or not (partial / "args.json").exists():
         return
     shutil.rmtree(args.ckpt_path, ignore_errors=True)
-    if target.exists():
-        old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
-        for path in target.iterdir():
-            if path not in old and not (partial / path.name).exists():
-                os.rename(path, partial / path.name)
-        shutil.rmtree(target)
+    target.mkdir(exist_ok=True)
+    old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
+    for path in set(target.iterdir()) - old:
+        if not (partial / path.name).exists():
+            os.rename(path, partial / path.name)
+    shutil.rmtree(target)
     os.rename(partial, target)
 
 
@@ -697,20 +679,20 @@ def open_run(args, identity):
     if models and os.path.realpath(args.pretrain) != args.save_path:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
     newest = max(Path(args.ckpt_path).glob("step_*[0-9]"), default=None)  # no step_N.partial
-    if newest:
-        changed = difference(newest, identity)
-        if changed:
-            die(f"{newest} is a checkpoint of another run, remove it: {changed}")
-        note(f"resume {newest}")
+    changed = newest and difference(newest, identity)
+    if changed:
+        die(f"{newest} is a checkpoint of another run, remove it: {changed}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / "metrics.jsonl").touch()
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    if newest:
-        shutil.copy(newest / "metrics.jsonl", partial)  # without the steps that come again
-    return int(newest.name[5:]) if newest else 0
+    if not newest:
+        (partial / "metrics.jsonl").touch()
+        return 0
+    note(f"resume {newest}")
+    shutil.copy(newest / "metrics.jsonl", partial)  # without the steps that come again
+    return int(newest.name[5:])
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -734,9 +716,8 @@ def save_model(engine, tokenizer, args, identity):
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
         model = engine.module.model
         if args.lora_rank:
-            model = load_model(args.pretrain, args)
-            adapted = add_lora(model, args)
-            model.load_state_dict(weights)
+            adapted = add_lora(load_model(args.pretrain, args), args)
+            adapted.get_base_model().load_state_dict(weights)
             model = adapted.merge_and_unload()
             weights = model.state_dict()
         model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
@@ -760,52 +741,48 @@ def plan_steps(lengths, args):
 
 
 def mark_trained(example, tokenizer):
-    """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
+    """Text of an example, its last trained span in brackets: shows mistakes of template and EOS."""
     ids = example["input_ids"]
-    edges = np.flatnonzero(np.diff(example["trained"])) + 1
-    # Decoded from the start each time: tokens on their own would lose their blanks.
-    texts = ["", *[tokenizer.decode(ids[:edge]) for edge in [*edges, len(ids)]]]
-    pieces = [text[len(before) :] for before, text in zip(texts, texts[1:])]
-    marked = [f"[{piece}]" if i % 2 else piece for i, piece in enumerate(pieces)]
-    return repr(marked[0][-60:] + "".join(marked[1:])[:240])
+    start = np.flatnonzero(~example["trained"])[-1] + 1
+    before = tokenizer.decode(ids[:start])
+    span = tokenizer.decode(ids)[len(before) :]  # tokens on their own would lose their blanks
+    return repr(f"{before[-60:]}[{span[:240]}]")
 
 
-def report(step, total_steps, metrics, seconds_left, args):
+def report(step, total_steps, metrics, args):
     """Logs a step, on rank 0: in metrics.jsonl, in Weights & Biases, and its main numbers on the console."""
     if dist.get_rank() > 0:
         return
     with open(f"{args.save_path}.partial/metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
     if args.use_wandb:
-        sys.modules["wandb"].log(metrics, step=step)
-    labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
-    labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
-    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
-    left = datetime.timedelta(seconds=int(seconds_left))
-    note(f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}")
+        import wandb
+
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        run = wandb.run or wandb.init()
+        run.log(metrics, step=step)
+    columns = ("loss", "rewards/accuracies", "rewards/margins", "kl", "grad_norm", "tokens_per_sec")
+    shown = [f"{k} {value:<8.4g}" for k, value in metrics.items() if k.removeprefix("eval/") in columns]
+    note(f"step {step:>5}/{total_steps}  {' '.join(shown)}")
 
 
 def main(args):
-    rank, world_size, device = setup(args)
-    if rank == 0:
-        publish(args)  # what a run had finished that was killed while it moved its model into place
+    setup(args)
+    publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: sft (inputs)
     encoding = (encode_example, tokenizer, args)
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
-    held_out = []
-    if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
+    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     lengths = examples["length"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:
         note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
-    connect(device, args)
+    rank, world_size, device = connect(args)
     state = [open_run(args, identity) if rank == 0 else None]
     dist.broadcast_object_list(state)
     start_step = state[0]
@@ -824,24 +801,16 @@ def main(args):
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")
-    n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
-    note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
+    note(f"model  {args.pretrain}, {world_size} x {engine.device}, ZeRO-{args.zero_stage}, bf16 {args.bf16}")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
     note(f"sample {sample}   <- [..] is trained")
 
-    if args.use_wandb and rank == 0:
-        import wandb
-
-        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        wandb.init()
-
-    def evaluate():
+    def evaluate(step):
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        report(step, total_steps, {f"eval/{name}": value for name, value in metrics.items()}, args)
 
     if held_out and start_step == 0:
-        report(0, total_steps, evaluate(), 0, args)
+        evaluate(0)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
     batches = itertools.islice(plan_steps(lengths, args), start_step, total_steps)
     for step, batch in enumerate(batches, start_step + 1):
@@ -854,16 +823,15 @@ def main(args):
         if not all(map(math.isfinite, metrics.values())):
             die(f"step {step} is not finite: {metrics}; its first row is {examples[batch[0]]['where']}")
         took = time.time() - began
-        metrics["tokens_per_sec"] = lengths[batch].sum().item() / took
+        metrics["tokens_per_sec"] = lengths[batch].sum() / took
         metrics["samples_per_sec"] = len(batch) / took
         peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["peak_mem_gib"] = peak / 2**30
         ends = step == total_steps
-        evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
-        if evaluates:
-            metrics |= evaluate()
-        if evaluates or ends or step % args.logging_steps == 0:
-            report(step, total_steps, metrics, took * (total_steps - step), args)
+        if step % args.logging_steps == 0 or ends:
+            report(step, total_steps, metrics, args)
+        if held_out and (step % eval_steps == 0 or ends):
+            evaluate(step)
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)

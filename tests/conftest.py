@@ -97,7 +97,8 @@ def make_model(folder, tokenizer, **changes):
 def metrics_of(save_path):
     """{name: [its value at each logged step that has it]}."""
     steps = [json.loads(line) for line in Path(save_path, "metrics.jsonl").read_text().splitlines()]
-    return {name: [step[name] for step in steps if name in step] for name in {**steps[0], **steps[-1]}}
+    names = {name for step in steps for name in step}
+    return {name: [step[name] for step in steps if name in step] for name in names}
 
 
 def weights_of(save_path):
