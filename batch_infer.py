@@ -157,8 +157,6 @@ def open_rows(name, split, cache_dir=None):
     """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        die(f"dataset {name!r} has no rows")
     try:
         if kind == "jsonl":
             # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
@@ -173,8 +171,7 @@ def open_rows(name, split, cache_dir=None):
             return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        cause = e.__cause__ or e
-        die(f"dataset {name!r}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}")
 
 
 def choose_columns(row, args):
@@ -260,18 +257,16 @@ def load_tokenizer(path, args):
 
 def as_messages(value, role):
     """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
-    if isinstance(value, (str, int, float)):
-        return [{"role": role, "content": str(value)}]
-    if not isinstance(value, list):
-        raise ValueError(f"neither text nor messages but {type(value).__name__}")
     keys = {"from": "role", "value": "content"}  # ShareGPT's
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
-    for turn in value:
+    for turn in value if isinstance(value, list) else [{"role": role, "content": value}]:
         turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
-        if "role" not in turn or not isinstance(turn.get("content"), str):
-            raise ValueError("a message needs role and content, both text")
-        messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
+        if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
+            raise ValueError("neither text nor messages with role and content")
+        turn["role"] = roles.get(turn["role"], turn["role"])
+        turn["content"] = str(turn["content"])
+        messages.append(turn)
     return messages
 
 

@@ -44,7 +44,6 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are encoded by several processes instead
 
-import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -71,14 +70,13 @@ class Args:
     lora_dropout: float = 0.0  # dropout before the adapters, drawn in each pass; all other dropout is off
     tokenizer_chat_template: str | None = None  # Jinja text or its file, in place of the model's own template
 
-    # comma list of .jsonl, .json, .csv, .parquet or .arrow files, folders or hub names (NAME@SUBSET)
-    dataset: str = tyro.MISSING
+    dataset: str = tyro.MISSING  # comma list: jsonl, json, csv, parquet or arrow, a folder, a hub NAME@SUBSET
     dataset_probs: str | None = None  # comma list: the share of all rows that each dataset gets
     dataset_split: str = "train"  # split of --dataset, where it has splits
     max_samples: int = 100_000_000  # use the first this many rows of each dataset
     max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
-    num_proc: int | None = None  # processes that encode rows; default: all cores this process may use
+    num_proc: int = len(os.sched_getaffinity(0))  # processes that encode rows
     cache_dir: str = "~/.cache/flatalign"  # encoded rows and what else is computed once; may be deleted
     input_key: str | None = None  # column of the prompt, text or messages; default: a known one
     output_key: str | None = None  # column of the response; without it, input_key holds conversations
@@ -137,8 +135,6 @@ class Args:
         self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
-        if self.output_key and not self.input_key:
-            die("--output_key needs --input_key")
         if self.input_template and "{}" not in self.input_template:
             note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
             self.input_template = None
@@ -154,12 +150,11 @@ FREE_FLAGS = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wa
 FEATURES = Features(  # the columns of an encoded row
     input_ids=List(Value("int32")),
     trained=List(Value("bool")),  # is the token part of the loss?
-    length=Value("int32"),  # tokens fed; 0: the row cannot be used
+    length=Value("int32"),  # tokens fed
     n_trained=Value("int32"),
     where=Value("string"),  # file:row
-    reason=Value("string"),  # why it cannot be used
+    reason=Value("string"),  # why the row cannot be used, or null
 )
-HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
 # --- rows and tokens
@@ -182,8 +177,6 @@ def open_rows(name, split, cache_dir=None):
     """Rows of one dataset, by number: a local file or folder, or a hub name (NAME@SUBSET)."""
     path, _, subset = name.partition("@")
     kind = Path(path).suffix[1:]
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        die(f"dataset {name!r} has no rows")
     try:
         if kind == "jsonl":
             # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
@@ -198,8 +191,7 @@ def open_rows(name, split, cache_dir=None):
             return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        cause = e.__cause__ or e
-        die(f"dataset {name!r}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}")
 
 
 def load_tokenizer(path, args):
@@ -217,18 +209,16 @@ def load_tokenizer(path, args):
 
 def as_messages(value, role):
     """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
-    if isinstance(value, (str, int, float)):
-        return [{"role": role, "content": str(value)}]
-    if not isinstance(value, list):
-        raise ValueError(f"neither text nor messages but {type(value).__name__}")
     keys = {"from": "role", "value": "content"}  # ShareGPT's
     roles = {"human": "user", "gpt": "assistant"}
     messages = []
-    for turn in value:
+    for turn in value if isinstance(value, list) else [{"role": role, "content": value}]:
         turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
-        if "role" not in turn or not isinstance(turn.get("content"), str):
-            raise ValueError("a message needs role and content, both text")
-        messages.append({**turn, "role": roles.get(turn["role"], turn["role"])})
+        if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
+            raise ValueError("neither text nor messages with role and content")
+        turn["role"] = roles.get(turn["role"], turn["role"])
+        turn["content"] = str(turn["content"])
+        messages.append(turn)
     return messages
 
 
@@ -241,12 +231,10 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
         messages[0]["content"] = template.replace("{}", messages[0]["content"])
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or turns[0] == 0:
-        raise ValueError("no assistant turn after a prompt")
-    messages = messages[: turns[-1] + 1]
-    if not messages[-1]["content"].strip() and not sampled:  # a policy may end at once
-        raise ValueError("empty response")
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if len(messages) < 2 or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
+        raise ValueError("no assistant turn after a prompt, or an empty response")
 
     def render(n, ask=False):
         """Text of the first n messages, and of what asks for the next."""
@@ -261,6 +249,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     ends = np.trim_zeros(np.array(encoded["offset_mapping"])[:, 1], "b")  # some tokenizers add EOS behind
     ids = np.array(encoded["input_ids"][: len(ends)], dtype=np.int32)
     trained = np.zeros(len(ids), dtype=bool)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns if multiturn else turns[-1:]:
         # From where the answer is asked for, so that what is trained is what will be asked for.
         question = render(i, ask=True)
@@ -290,47 +279,45 @@ def finish(ids, trained, tokenizer, max_len, cut):
 
 def encode_example(row, tokenizer, args):
     """The examples of a row, here just one: the first columns of FEATURES."""
-    # Known columns of prompt and response: the first that fit.
+    # Columns of prompt and response, the first that fit. None: there is none.
     layouts = [("instruction", "output"), ("input", "output"), ("messages", None), ("conversations", None)]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
+    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), (None, "text")]
     if {"input", "output", "finish_reason"} <= set(row):  # other columns are the prompt before its template
         layouts = [("input", "output")]
-    if args.input_key:
-        layouts = [(args.input_key, args.output_key)]
-    fitting = [keys for keys in layouts if set(keys) - {None} <= set(row)]
+    if args.input_key or args.output_key:
+        layouts = [(args.input_key or "input", args.output_key)]
+    if args.pretrain_mode:
+        layouts = [(None, args.input_key or "text")]
+    fitting = [keys for keys in layouts if {*keys} <= {None, *row}]
     if not fitting:
         raise ValueError(f"--input_key, --output_key: there are columns {', '.join(row)}, not {layouts}")
     prompt_key, response_key = fitting[0]
-    prompt = row[prompt_key]
-    response = row[response_key] if response_key else []
-    if args.pretrain_mode or (prompt_key, response_key) == ("text", None):
-        prompt, response = "", prompt
-        if not isinstance(response, str):
-            raise ValueError("--pretrain_mode takes plain text")
+    prompt, response = row.get(prompt_key, ""), row.get(response_key, [])
+    if prompt_key is None and not isinstance(response, str):
+        raise ValueError(f"{response_key} is not plain text")
     if prompt_key == "instruction" and prompt is not None and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args):
-    """Yields the examples of the rows whose numbers stand in spans; for one that cannot be used, a reason."""
-    for i in itertools.chain(*spans):
-        row, reason = rows[i], ""
-        try:
-            if row == "":
-                raise ValueError("blank line")
-            row = json.loads(row) if isinstance(row, str) else row
-            examples = encode_row(row, tokenizer, args)
-            if max(example["input_ids"].max() for example in examples) >= vocab_size:
-                raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
-        except (ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError) as e:
-            reason = str(e).partition("\n")[0][:200] or type(e).__name__
-            examples = [dict.fromkeys(FEATURES) | {"input_ids": [], "trained": []}]
-        for example in examples:
-            example |= {"where": f"{name}:{i + 1}", "reason": reason}
-            example |= {"length": len(example["input_ids"]), "n_trained": int(np.sum(example["trained"]))}
-            yield example
+def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
+    """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
+    for name, rows, numbers in spans:
+        for i in numbers:
+            row = rows[i]
+            if row == "":  # a blank line
+                continue
+            where = {"where": f"{name}:{i + 1}"}
+            try:
+                row = json.loads(row) if isinstance(row, str) else row
+                for example in encode_row(row, tokenizer, args):
+                    ids = example["input_ids"]
+                    if ids.max() >= vocab_size:
+                        raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
+                    yield example | where | {"length": len(ids), "n_trained": example["trained"].sum()}
+            except Exception as e:  # of many types: a chat template may raise anything
+                yield where | {"reason": str(e).partition("\n")[0][:200] or type(e).__name__}
 
 
 def stamp(name):
@@ -344,59 +331,57 @@ def stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def encode_table(name, split, encode_row, tokenizer, vocab_size, args):
-    """The usable rows of one dataset as a table of examples, encoded once per node or found again."""
-    rows = open_rows(name, split, args.cache_dir)
-    n = min(len(rows), args.max_samples)
-    if n < 1:
-        die(f"dataset {name!r} has no rows")
-    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
-    code = Path(__file__).read_text().partition("\n# --- packing")[0]
-    flags = sorted({flag for flag in vars(args) if f"args.{flag}" in code} - {"pretrain", *FREE_FLAGS})
-    decides = [name, split, stamp(name), getattr(rows, "_fingerprint", None), vocab_size, code]
-    decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    decides += [getattr(args, flag) for flag in flags]
-    num_proc = args.num_proc or len(os.sched_getaffinity(0))
-    table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, rows, name, encode_row, tokenizer, vocab_size, args),
-        features=FEATURES,
-        cache_dir=f"{args.cache_dir}/rows",
-        gen_kwargs={"spans": np.array_split(np.arange(n), 64)},  # a list: dealt to the processes
-        num_proc=num_proc if num_proc > 1 and n >= 2000 else None,  # fewer rows do not pay for a process
-        fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32],
-    )
-    usable = table.data["length"].to_numpy() > 0
-    dropped = table.select(np.flatnonzero(~usable)).to_pandas()
-    for reason, group in dropped.groupby("reason"):
-        note(f"dropped {len(group):,} of {n:,} rows: {reason}; the first: {group['where'].iloc[0]}")
-    n_faulty = sum(reason not in HARMLESS for reason in dropped["reason"])
-    if n_faulty > args.max_drop_ratio * n or not usable.any():
-        cause = f"{dropped['where'][0]}: {dropped['reason'][0]}"
-        die(f"{n_faulty:,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {cause}")
-    return table.select(np.flatnonzero(usable))
-
-
 def load_examples(names, probs, split, encode_row, tokenizer, args):
-    """A table of the examples of a comma list of datasets; probs: the shares that each gets of all rows."""
+    """A table of the examples of a comma list of datasets, encoded once per node or found again."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
     if args.max_len > limit:
         die(f"--max_len {args.max_len}: use --max_len {limit} or raise max_position_embeddings (config.json)")
-    options = (split, encode_row, tokenizer, config.vocab_size, args)
-    tables = [encode_table(name.strip(), *options) for name in names.split(",")]
-    if probs and len(tables) > 1:
-        n = sum(len(table) for table in tables)
-        sizes = [round(float(share) * n) for share in probs.split(",")]
-        if len(sizes) != len(tables):
-            die(f"--dataset_probs {probs}: not a number for each of {len(tables)} datasets")
-        tables = [table.select(np.resize(np.arange(len(table)), size)) for table, size in zip(tables, sizes)]
-    return datasets.concatenate_datasets(tables).with_format("numpy")
+    names = [name.strip() for name in names.split(",")]
+    tables = [open_rows(name, split, args.cache_dir) for name in names]
+    sizes = [min(len(rows), args.max_samples) for rows in tables]
+    if 0 in sizes:
+        die(f"dataset {names[sizes.index(0)]!r} has no rows")
+    shares = sizes
+    if probs:
+        shares = [round(float(prob) * sum(sizes)) for prob in probs.split(",")]
+    if len(shares) != len(names):
+        die(f"--dataset_probs {probs}: not a number for each of {len(names)} datasets")
+    spans = []  # to be dealt to processes
+    for name, rows, size, share in zip(names, tables, sizes, shares):
+        numbers = np.resize(np.arange(size), share)  # where they are too few, from the first again
+        spans += [(name, rows, part) for part in np.array_split(numbers, share // 256 + 1)]
+    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
+    code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    decides = [names, probs, split, [stamp(name) for name in names], config.vocab_size, code]
+    decides += [getattr(rows, "_fingerprint", None) for rows in tables]
+    decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
+    kept = {"pretrain", *FREE_FLAGS}
+    decides += [value for flag, value in vars(args).items() if f"args.{flag}" in code and flag not in kept]
+    table = datasets.Dataset.from_generator(
+        lambda spans: encode_rows(spans, encode_row, tokenizer, config.vocab_size, args),
+        features=FEATURES,
+        cache_dir=f"{args.cache_dir}/rows",
+        gen_kwargs={"spans": spans},
+        num_proc=args.num_proc if sum(shares) >= 2000 else 1,  # fewer rows do not pay for a process
+        fingerprint=datasets.fingerprint.Hasher.hash(decides),
+    )
+    return keep_usable(table, sum(shares), args)
 
 
-def fetch(table, indices):
-    """Rows of the table as examples: {column: array or number}."""
-    columns = table[indices]
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+def keep_usable(table, n, args):
+    """The examples of a table made of n rows, without the rows that cannot be used, which are told."""
+    usable = table.data["reason"].is_null().to_numpy()
+    dropped = table.select(np.flatnonzero(~usable)).to_pandas()
+    for reason, where in dropped.groupby("reason")["where"]:
+        note(f"dropped {len(where):,} of {n:,} rows: {reason}; the first: {where.iloc[0]}")
+    if len(dropped) > args.max_drop_ratio * n or not usable.any():
+        why = f"{dropped['where'][0]}: {dropped['reason'][0]}"
+        die(f"{len(dropped):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {why}")
+    table = table.select(np.flatnonzero(usable)).with_format("numpy")
+    n_tokens, n_trained = table["length"][:].sum(), table["n_trained"][:].sum()
+    note(f"data   {n:,} rows, {len(table):,} examples, {n_tokens:,} tokens, {n_trained:,} of them trained")
+    return table
 
 
 # --- packing, attention, log-probabilities, the step
@@ -442,14 +427,12 @@ def pack_rows(examples, device):
 
 def attend(query, key, value, scaling, window, softcap):
     """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim]."""
-    options = {"scale": scaling, "enable_gqa": True}
-    if not window and not softcap:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    n = query.shape[2]
-    mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
-    if window:
-        mask = mask.triu(1 - window)  # so many positions are seen, the own one included
+    n, mask = query.shape[2], None
+    if window or softcap:
+        mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
+        mask = mask.triu(1 - (window or n))  # so many positions are seen, the own one included
     if not softcap:
+        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -602,10 +585,16 @@ def kd_step(engine, teacher, rows, examples, args, train=True):
 
 
 def setup(args):
-    """(rank, world size, device) of this process; quiets libraries. There is no process group yet."""
+    """Environment, quiet libraries, threads. Nothing here uses CUDA: what encodes rows is forked."""
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    args.cache_dir = os.path.expanduser(args.cache_dir)
+    try:
+        os.makedirs(args.cache_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.cache_dir).close()
+    except OSError as e:
+        note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
+        args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -614,32 +603,24 @@ def setup(args):
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     # torchrun sets one thread per process: too few for a CPU, and for --adam_offload.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    args.cache_dir = os.path.expanduser(args.cache_dir)
-    try:
-        os.makedirs(args.cache_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.cache_dir).close()
-    except OSError as e:
-        note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
-        args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     if torch.cuda.is_available():
         if local_size > torch.cuda.device_count():
             die(f"{local_size} processes for {torch.cuda.device_count()} GPUs: start fewer")
-        return rank, world_size, f"cuda:{os.environ['LOCAL_RANK']}"
-    if Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+    elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         die(f"torch {torch.__version__} cannot use this NVIDIA driver: update it, or take another build")
-    return rank, world_size, "cpu"
 
 
-def connect(device, args):
-    """Joins the process group. This is the first use of CUDA: what encodes rows was forked before it."""
-    if device != "cpu":
-        torch.cuda.set_device(device)
+def connect(args):
+    """Joins the process group; (rank, world size, device) of this process. From here on CUDA is used."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
     deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), deepspeed.get_accelerator().current_device_name()
 
 
 def deepspeed_config(path, args):
@@ -665,21 +646,19 @@ def deepspeed_config(path, args):
 
 def load_model(path, args, config=None):
     """The causal LM with our attention, all weights from the checkpoint, dropout off; config: DeepSpeed's."""
-    # While this object lives, a model is loaded in shards, never whole on one rank.
-    sharding = config and args.zero_stage == 3 and transformers.integrations.HfDeepSpeedConfig(config)
-    options = {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "attn_implementation": "packed"}
-    options["output_loading_info"] = True
+    # While this object lives, ZeRO-3 loads a model in shards, never whole on one rank.
+    _sharding = config and transformers.integrations.HfDeepSpeedConfig(config)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    options = {"dtype": dtype, "attn_implementation": "packed", "output_loading_info": True}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as e:  # of many types: a file that was cut off, another kind of model
         die(f"model {path!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-    del sharding
     if info["missing_keys"]:
-        die(f"model {path!r}: weights are missing from it: {', '.join(sorted(info['missing_keys'])[:3])} ...")
+        die(f"model {path!r} lacks weights, such as {min(info['missing_keys'])}")
     for module in model.modules():
-        for name in ("p", "dropout", "activation_dropout", "layerdrop"):  # of nn.Dropout; for F.dropout
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        for name in {"p", "dropout", "activation_dropout", "layerdrop"} & vars(module).keys():
+            setattr(module, name, 0.0)  # p of nn.Dropout, the others are given to F.dropout
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # sampling settings without do_sample: saving would fail, after the training
@@ -692,8 +671,7 @@ def add_lora(model, args):
     import peft
 
     options = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    return peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))
 
 
 def start_engine(args, total_steps, wrapper):
@@ -716,30 +694,30 @@ def start_engine(args, total_steps, wrapper):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    wrapped = wrapper(model).eval()  # for check_attention; the step sets training mode
-    return deepspeed.initialize(model=wrapped, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+    model = wrapper(model)
+    return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
 @torch.no_grad()
 def check_attention(engine, args):
-    """Stops unless a pack has the log-probs that the model itself gives to each of its sequences alone."""
-    wrapper = getattr(engine, "module", engine)
-    examples = [{"input_ids": np.arange(n) * 7 % 32, "trained": np.arange(n) > 4} for n in (17, 23)]
-    alone = [pack_rows([example], engine.device) for example in examples]
-    pack = pack_rows(examples, engine.device)
-    found = wrapper(pack)
-    other = pack["input_ids"].clone()
-    other[0, :5] += 1  # of the first sequence: the last one must not notice, to the bit
-    leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
-    wrapper.model.set_attn_implementation("eager")
-    logits = torch.cat([wrapper.model(one["input_ids"]).logits[0, one["positions"]] for one in alone])
-    wrapper.model.set_attn_implementation("packed")
-    expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
-    # In bf16 rounding alone makes up to 0.2 in a deep model.
+    """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
+    model = engine.model
+    first = {"input_ids": np.arange(17), "trained": np.arange(17) > 4}
+    last = {"input_ids": np.arange(23) * 7 % 32, "trained": np.arange(23) > 4}
+    found = engine(pack_rows([first, last], engine.device))[-18:]
+    first["input_ids"] += 1  # the last one must not notice
+    again = engine(pack_rows([first, last], engine.device))[-18:]
+    alone = pack_rows([last], engine.device)
+    model.set_attn_implementation("eager")
+    logits = model(alone["input_ids"]).logits[0, alone["positions"]]
+    model.set_attn_implementation("packed")
+    expected = -F.cross_entropy(logits.float(), alone["targets"], reduction="none")
     worst = (found - expected).abs().mean().item()
+    leak = (found - again).abs().mean().item()
+    # In bf16 rounding alone makes up to 0.2 in a deep model.
     if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
         cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
-        die(f"{type(wrapper.model).__name__} is not supported: {cause}")
+        die(f"{type(model).__name__} is not supported: {cause}")
 
 
 def start_frozen(path, args, device, offload, wrapper):
@@ -768,7 +746,7 @@ def teacher_topk(table, wrapper, args, device):
         partial = f"{file}.{os.urandom(4).hex()}"  # another run may write the same
         blocks = np.array_split(np.arange(len(table)), math.ceil(len(table) / args.train_batch_size))
         for block in datasets.utils.tqdm(blocks, "teacher", disable=dist.get_rank() > 0):
-            batch = fetch(table, block)
+            batch = table.__getitems__(block)
             owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
             rows = torch.zeros(len(owner), width, device=device)
             for members, weight in split_step([example["length"] for example in batch], args):
@@ -816,15 +794,15 @@ def difference(folder, identity):
 def publish(args):
     """Moves a finished model, <save_path>.partial, into place; what is no model file there survives."""
     partial, target = Path(f"{args.save_path}.partial"), Path(args.save_path)
-    if not (partial / "args.json").exists():
+    if os.environ["RANK"] != "0" or not (partial / "args.json").exists():
         return
     shutil.rmtree(args.ckpt_path, ignore_errors=True)
-    if target.exists():
-        old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
-        for path in target.iterdir():
-            if path not in old and not (partial / path.name).exists():
-                os.rename(path, partial / path.name)
-        shutil.rmtree(target)
+    target.mkdir(exist_ok=True)
+    old = {*target.glob("*.safetensors*"), *target.glob("pytorch_model*")}
+    for path in set(target.iterdir()) - old:
+        if not (partial / path.name).exists():
+            os.rename(path, partial / path.name)
+    shutil.rmtree(target)
     os.rename(partial, target)
 
 
@@ -841,20 +819,20 @@ def open_run(args, identity):
     if models and os.path.realpath(args.pretrain) != args.save_path:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
     newest = max(Path(args.ckpt_path).glob("step_*[0-9]"), default=None)  # no step_N.partial
-    if newest:
-        changed = difference(newest, identity)
-        if changed:
-            die(f"{newest} is a checkpoint of another run, remove it: {changed}")
-        note(f"resume {newest}")
+    changed = newest and difference(newest, identity)
+    if changed:
+        die(f"{newest} is a checkpoint of another run, remove it: {changed}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        (partial / "metrics.jsonl").touch()
     except OSError as e:
         die(f"--save_path {target} cannot be written: {e.strerror}")
-    if newest:
-        shutil.copy(newest / "metrics.jsonl", partial)  # without the steps that come again
-    return int(newest.name[5:]) if newest else 0
+    if not newest:
+        (partial / "metrics.jsonl").touch()
+        return 0
+    note(f"resume {newest}")
+    shutil.copy(newest / "metrics.jsonl", partial)  # without the steps that come again
+    return int(newest.name[5:])
 
 
 def save_checkpoint(engine, args, step, identity):
@@ -878,9 +856,8 @@ def save_model(engine, tokenizer, args, identity):
         weights = {name.removeprefix("model."): value for name, value in weights.items()}
         model = engine.module.model
         if args.lora_rank:
-            model = load_model(args.pretrain, args)
-            adapted = add_lora(model, args)
-            model.load_state_dict(weights)
+            adapted = add_lora(load_model(args.pretrain, args), args)
+            adapted.get_base_model().load_state_dict(weights)
             model = adapted.merge_and_unload()
             weights = model.state_dict()
         model.save_pretrained(partial, state_dict=weights, max_shard_size="5GB")
@@ -904,36 +881,36 @@ def plan_steps(lengths, args):
 
 
 def mark_trained(example, tokenizer):
-    """Text of an example, trained spans in brackets: the cheapest detector of template and EOS mistakes."""
+    """Text of an example, its last trained span in brackets: shows mistakes of template and EOS."""
     ids = example["input_ids"]
-    edges = np.flatnonzero(np.diff(example["trained"])) + 1
-    # Decoded from the start each time: tokens on their own would lose their blanks.
-    texts = ["", *[tokenizer.decode(ids[:edge]) for edge in [*edges, len(ids)]]]
-    pieces = [text[len(before) :] for before, text in zip(texts, texts[1:])]
-    marked = [f"[{piece}]" if i % 2 else piece for i, piece in enumerate(pieces)]
-    return repr(marked[0][-60:] + "".join(marked[1:])[:240])
+    start = np.flatnonzero(~example["trained"])[-1] + 1
+    before = tokenizer.decode(ids[:start])
+    span = tokenizer.decode(ids)[len(before) :]  # tokens on their own would lose their blanks
+    return repr(f"{before[-60:]}[{span[:240]}]")
 
 
-def report(step, total_steps, metrics, seconds_left, args):
+def report(step, total_steps, metrics, args):
     """Logs a step, on rank 0: in metrics.jsonl, in Weights & Biases, and its main numbers on the console."""
     if dist.get_rank() > 0:
         return
     with open(f"{args.save_path}.partial/metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **metrics}) + "\n")
     if args.use_wandb:
-        sys.modules["wandb"].log(metrics, step=step)
+        import wandb
+
+        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
+        run = wandb.run or wandb.init()
+        run.log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
-    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "peak_mem_gib": "GiB"}
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "minutes_left": "min left"}
     shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
-    left = datetime.timedelta(seconds=int(seconds_left))
-    note(f"step {step:>5}/{total_steps}  {' '.join(shown)} left {left}")
+    note(f"step {step:>5}/{total_steps}  {' '.join(shown)}")
 
 
 def main(args):
-    rank, world_size, device = setup(args)
-    if rank == 0:
-        publish(args)  # what a run had finished that was killed while it moved its model into place
+    setup(args)
+    publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     # --- algorithm: kd (inputs)
     encoding = (encode_example, tokenizer, args)
@@ -943,16 +920,14 @@ def main(args):
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
-    held_out = []
-    if args.eval_dataset:
-        held_out = load_examples(args.eval_dataset, None, args.eval_split, *encoding)
-    lengths, n_trained = examples["length"][:], examples["n_trained"][:]
+    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, *encoding)
+    lengths = examples["length"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
     if len(examples) < args.train_batch_size:
         note(f"notice {len(examples)} examples are fewer than --train_batch_size: one smaller step")
 
-    connect(device, args)
+    rank, world_size, device = connect(args)
     state = [open_run(args, identity) if rank == 0 else None]
     dist.broadcast_object_list(state)
     start_step = state[0]
@@ -964,7 +939,7 @@ def main(args):
     wrapper = functools.partial(Distill, vocab_size=len(tokenizer), args=args)
     teacher, topk = None, {}
     if args.teacher_topk:
-        for table in filter(len, (examples, held_out)):
+        for table in filter(None, (examples, held_out)):
             topk[table] = teacher_topk(table, wrapper, args, device)
     else:
         teacher = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
@@ -974,31 +949,20 @@ def main(args):
 
     def take_step(table, indices, train=True):
         rows = [topk[table][i] for i in indices] if args.teacher_topk else None
-        return kd_step(engine, teacher, rows, fetch(table, indices), args, train)
-
-    sample = mark_trained(examples[0], tokenizer)
+        return kd_step(engine, teacher, rows, table.__getitems__(indices), args, train)
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")
-    n_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    precision = f"{'bf16' if args.bf16 else 'fp32'}, ZeRO-{args.zero_stage}, {world_size} x {engine.device}"
-    note(f"model  {args.pretrain} {n_parameters / 1e6:,.1f}M {precision}")
-    note(f"data   {len(examples):,} examples, {lengths.sum():,} tokens, {n_trained.sum():,} of them trained")
+    note(f"model  {args.pretrain}, {world_size} x {engine.device}, ZeRO-{args.zero_stage}, bf16 {args.bf16}")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
-    note(f"sample {sample}   <- [..] is trained")
+    note(f"sample {mark_trained(examples[0], tokenizer)}   <- [..] is trained")
 
-    if args.use_wandb and rank == 0:
-        import wandb
-
-        os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        wandb.init()
-
-    def evaluate():
+    def evaluate(step):
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        report(step, total_steps, {f"eval/{name}": value for name, value in metrics.items()}, args)
 
     if held_out and start_step == 0:
-        report(0, total_steps, evaluate(), 0, args)
+        evaluate(0)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
     batches = itertools.islice(plan_steps(lengths, args), start_step, total_steps)
     for step, batch in enumerate(batches, start_step + 1):
@@ -1011,16 +975,16 @@ def main(args):
         if not all(map(math.isfinite, metrics.values())):
             die(f"step {step} is not finite: {metrics}; its first row is {examples[batch[0]]['where']}")
         took = time.time() - began
-        metrics["tokens_per_sec"] = lengths[batch].sum().item() / took
+        metrics["tokens_per_sec"] = lengths[batch].sum() / took
         metrics["samples_per_sec"] = len(batch) / took
+        metrics["minutes_left"] = took * (total_steps - step) / 60
         peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["peak_mem_gib"] = peak / 2**30
         ends = step == total_steps
-        evaluates = len(held_out) > 0 and (step % eval_steps == 0 or ends)
-        if evaluates:
-            metrics |= evaluate()
-        if evaluates or ends or step % args.logging_steps == 0:
-            report(step, total_steps, metrics, took * (total_steps - step), args)
+        if step % args.logging_steps == 0 or ends:
+            report(step, total_steps, metrics, args)
+        if held_out and (step % eval_steps == 0 or ends):
+            evaluate(step)
         if args.save_steps > 0 and step % args.save_steps == 0 and not ends:
             save_checkpoint(engine, args, step, identity)
     save_model(engine, tokenizer, args, identity)

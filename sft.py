@@ -28,6 +28,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -504,6 +505,12 @@ def setup(args):
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
     args.cache_dir = os.path.expanduser(args.cache_dir)
+    try:
+        os.makedirs(args.cache_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.cache_dir).close()
+    except OSError as e:
+        note(f"notice --cache_dir {args.cache_dir}: {e.strerror}; a temporary folder serves")
+        args.cache_dir = f"{tempfile.gettempdir()}/flatalign-{os.getuid()}"  # the same for all ranks
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -559,7 +566,10 @@ def load_model(path, args, config=None):
     _sharding = config and transformers.integrations.HfDeepSpeedConfig(config)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     options = {"dtype": dtype, "attn_implementation": "packed", "output_loading_info": True}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as e:  # of many types: a file that was cut off, another kind of model
+        die(f"model {path!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
     if info["missing_keys"]:
         die(f"model {path!r} lacks weights, such as {min(info['missing_keys'])}")
     for module in model.modules():
@@ -761,8 +771,10 @@ def report(step, total_steps, metrics, args):
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
         run = wandb.run or wandb.init()
         run.log(metrics, step=step)
-    columns = ("loss", "rewards/accuracies", "rewards/margins", "kl", "grad_norm", "tokens_per_sec")
-    shown = [f"{k} {value:<8.4g}" for k, value in metrics.items() if k.removeprefix("eval/") in columns]
+    labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
+    labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
+    labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "minutes_left": "min left"}
+    shown = [f"{label} {metrics[name]:<8.4g}" for name, label in labels.items() if name in metrics]
     note(f"step {step:>5}/{total_steps}  {' '.join(shown)}")
 
 
@@ -796,14 +808,12 @@ def main(args):
 
     def take_step(examples, indices, train=True):
         return sft_step(engine, examples.__getitems__(indices), args, train)
-
-    sample = mark_trained(examples[0], tokenizer)
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")
     note(f"model  {args.pretrain}, {world_size} x {engine.device}, ZeRO-{args.zero_stage}, bf16 {args.bf16}")
     note(f"batch  {args.train_batch_size} examples per step, {total_steps} steps")
-    note(f"sample {sample}   <- [..] is trained")
+    note(f"sample {mark_trained(examples[0], tokenizer)}   <- [..] is trained")
 
     def evaluate(step):
         metrics = take_step(held_out, np.arange(len(held_out)), train=False)
@@ -825,6 +835,7 @@ def main(args):
         took = time.time() - began
         metrics["tokens_per_sec"] = lengths[batch].sum() / took
         metrics["samples_per_sec"] = len(batch) / took
+        metrics["minutes_left"] = took * (total_steps - step) / 60
         peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         metrics["peak_mem_gib"] = peak / 2**30
         ends = step == total_steps
