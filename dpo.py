@@ -993,6 +993,7 @@ def main(args):
 
     def take_step(table, indices, train=True):
         return dpo_step(engine, table.__getitems__(indices), references[table][indices], args, train)
+
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")

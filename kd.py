@@ -950,6 +950,7 @@ def main(args):
     def take_step(table, indices, train=True):
         rows = [topk[table][i] for i in indices] if args.teacher_topk else None
         return kd_step(engine, teacher, rows, table.__getitems__(indices), args, train)
+
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")

@@ -952,6 +952,7 @@ def main(args):
         partners, ref_logps = references[table]
         rows, mismatched = fetch_rows(table, indices, partners, args)
         return kto_step(engine, rows, mismatched, ref_logps[indices], args, train)
+
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")

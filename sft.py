@@ -808,6 +808,7 @@ def main(args):
 
     def take_step(examples, indices, train=True):
         return sft_step(engine, examples.__getitems__(indices), args, train)
+
     # --- end algorithm
     if start_step:
         engine.load_checkpoint(args.ckpt_path, tag=f"step_{start_step:08}")

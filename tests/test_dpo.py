@@ -401,8 +401,7 @@ GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
 BAD_INPUT = [  # rows, flags, what the error says
     ([{"text": "a"}], {}, "no column chosen (a flag *_key names another) but text"),
     ([{"chosen": "b", "rejected": "c"}], {}, "no prompt among chosen, rejected"),
-    ([{**GOOD, "rejected": "b"}] * 2, {}, "chosen == rejected"),
-    ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: empty response"),
+    ([GOOD, {**GOOD, "chosen": ""}], {}, "rows.jsonl:2: no assistant turn after a prompt, or an empty response"),
     ([GOOD], {"ref_pretrain": "no/such-model"}, "no/such-model"),
     ([GOOD], {"loss_type": "hinge", "label_smoothing": 0.1}, "--label_smoothing"),
     ([GOOD], {"loss_type": "simpo", "ref_pretrain": "other"}, "--ref_pretrain"),

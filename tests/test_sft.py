@@ -240,7 +240,14 @@ def test_checkpointed_layers_are_computed_again(run, tmp_path):
     data, calls = write_rows(tmp_path / "rows.jsonl", make_rows(5)), []
     for checkpointing in (False, True):
         with mock.patch.object(sft, "attend", wraps=sft.attend) as spy:
-            assert run(dataset=data, gradient_checkpointing=checkpointing, save_path=f"{tmp_path}/{checkpointing}") == 0
+            assert (
+                run(
+                    dataset=data,
+                    gradient_checkpointing=checkpointing,
+                    save_path=f"{tmp_path}/{checkpointing}",
+                )
+                == 0
+            )
         calls.append(spy.call_count - 8)  # of the check at the start: twice two rows, two layers
     assert calls == [10, 20]
 
@@ -372,7 +379,9 @@ def examples_of(tiny, tokenizer):
 
     def call(names, **flags):
         args = make_args(pretrain=tiny, **flags)
-        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, sft.encode_example, tokenizer, args).with_format(None)
+        return sft.load_examples(
+            str(names), args.dataset_probs, args.dataset_split, sft.encode_example, tokenizer, args
+        ).with_format(None)
 
     return call
 
@@ -446,7 +455,10 @@ def test_reasons_are_counted(examples_of, tmp_path, capsys):
         file.write('\n{"input": "the writer was killed he')
     assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
-    assert f"dropped 2 of 51 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48" in said
+    assert (
+        f"dropped 2 of 51 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48"
+        in said
+    )
     assert f"dropped 1 of 51 rows: nothing to train within max_len; the first: {path}:47" in said
     assert f"the first: {path}:51" in said and "data   51 rows, 46 examples" in said and said.count("\n") == 4
     with pytest.raises(SystemExit, match="2"):
@@ -670,6 +682,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
     "template rewrites an answer": (FORGETS | {"multiturn": True}, chat_row(*THINKING), ["rewrites earlier turns"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT[:2]), ["chat template|chat_template"]),
+    "no template for text": (CHAT_FLAG | {"pretrain": "plain"}, GOOD, ["--tokenizer_chat_template"]),
     # --- models and outputs
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder nor"]),
     "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
@@ -678,7 +691,6 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "adapters": ({"save_path": "adapters"}, GOOD, ["--save_path .*/adapters", "another model"]),
     "this folder": ({"save_path": "."}, GOOD, ["--save_path /", "a folder below"]),
     "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path .*rows.jsonl/out", "Not a directory"]),
-    "cache_dir": ({"cache_dir": "rows.jsonl/cache"}, GOOD, ["rows.jsonl/cache", "Not a directory"]),
     # --- flags
     "max_steps": ({"max_steps": -1}, GOOD, ["--max_steps, --max_ckpt_num must be 1 or more"]),
 }  # fmt: skip
@@ -710,3 +722,11 @@ def test_bad_input(name, home, run, monkeypatch, capfd):
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(line) < 700 and not Path("out").exists()
     assert not [pattern for pattern in patterns if not re.search(pattern, line)], line
+
+
+def test_cache_dir_that_cannot_be_written(rows_file, run, tmp_path, monkeypatch, capsys):
+    """A notice, and a temporary folder serves."""
+    monkeypatch.setattr(sft.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert run(cache_dir=f"{rows_file}/cache", max_steps=1) == 0
+    assert f"--cache_dir {rows_file}/cache: Not a directory; a temporary folder" in capsys.readouterr().out
+    assert list(tmp_path.glob("flatalign-*/rows"))
