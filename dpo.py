@@ -446,9 +446,8 @@ def to_device(array, device):
 def pack_trees(examples, device):
     """Lays trees end to end in one row of T tokens, without padding: prompt, chosen, rejected, prompt, ...
 
-    A response's tokens see the prompt and their own response. Attention has two segments per tree: queries of
-    prompt and chosen, then of rejected. positions [N]: the hidden states that predict the N trained tokens
-    (the LAST prompt token predicts the first of BOTH responses); targets [N]: those tokens.
+    Attention has two segments per tree: the queries of prompt and chosen response see these two, those of the
+    rejected response see the prompt and this response. The LAST prompt token predicts the first of BOTH.
     """
     position_ids, keys, predictors = [], [], []
     start = 0
@@ -464,36 +463,26 @@ def pack_trees(examples, device):
         start += n_all
     input_ids = np.concatenate([example["input_ids"] for example in examples])
     trained = np.concatenate([example["trained"] for example in examples])
-    n_q, n_k = [len(part) for part in position_ids], [len(part) for part in keys]
+    lengths = [[len(part) for part in parts] for parts in (position_ids, keys)]  # of queries, of keys
+    bounds = [to_device(np.cumsum([0, *n], dtype=np.int32), device) for n in lengths]
     return {
         "input_ids": to_device(input_ids[None], device),  # [1, T]
         "position_ids": to_device(np.concatenate(position_ids)[None], device),  # [1, T]
-        "segments": {
-            "keys": to_device(np.concatenate(keys), device),
-            "n_q": n_q,
-            "n_k": n_k,
-            "cu_q": to_device(np.cumsum([0, *n_q], dtype=np.int32), device),
-            "cu_k": to_device(np.cumsum([0, *n_k], dtype=np.int32), device),
-        },
-        "positions": to_device(np.concatenate(predictors)[trained], device),
-        "targets": to_device(input_ids[trained], device),
+        "segments": {"keys": to_device(np.concatenate(keys), device), "lengths": lengths, "bounds": bounds},
+        "positions": to_device(np.concatenate(predictors)[trained], device),  # [N]: what predicts the targets
+        "targets": to_device(input_ids[trained], device),  # [N]
     }
 
 
 def attend_segment(query, key, value, scaling, window, softcap):
-    """Causal attention of one segment, whose queries are the last n_q of n_k positions.
-
-    query [1, heads, n_q, dim], key and value [1, kv_heads, n_k, dim] -> [1, heads, n_q, dim]. window: so many
-    positions are seen, the own one included; softcap: of the scores.
-    """
-    options = {"scale": scaling, "enable_gqa": True}
+    """Causal attention of one segment: query [1, heads, n_q, dim] is of the last of the n_k key positions."""
     n_q, n_k = query.shape[2], key.shape[2]
-    if n_q == n_k and not window and not softcap:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
-    if window:
-        mask = mask.triu(n_k - n_q - window + 1)
+    mask = None
+    if n_q < n_k or window or softcap:
+        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+        mask = mask.triu(n_k - n_q + 1 - (window or n_k))  # so many positions are seen, the own one included
     if not softcap:
+        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, mask, **options)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -502,23 +491,20 @@ def attend_segment(query, key, value, scaling, window, softcap):
 
 
 def tree_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **options):
-    """Attention within the segments of a pack, for any Hugging Face model.
-
-    query [1, heads, T, dim], key and value with as many or fewer heads -> ([1, T, heads, dim], None). A
-    segment's n_q queries see n_k keys: segments["keys"] lists those of all segments.
-    """
+    """Attention within each segment of a pack: query [1, heads, T, dim] -> ([1, T, heads, dim], None)."""
     window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
     harmless = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions")
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
     if unknown or attention_mask is not None:
         die(f"{type(module).__name__} is not supported: its attention needs {unknown or 'a mask'}")
     key, value = (x.index_select(2, segments["keys"]) for x in (key, value))
-    n_q, n_k, size = segments["n_q"], segments["n_k"], query.shape[3]
+    n_q, n_k = segments["lengths"]
+    size = query.shape[3]
     if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
         options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}
-        out = varlen.varlen_attn(q, k, v, segments["cu_q"], segments["cu_k"], max(n_q), max(n_k), **options)
+        out = varlen.varlen_attn(q, k, v, *segments["bounds"], max(n_q), max(n_k), **options)
         return out[None, :, :, : value.shape[3]], None
     parts = zip(query.split(n_q, 2), key.split(n_k, 2), value.split(n_k, 2))
     out = torch.cat([attend_segment(*part, scaling, window, softcap) for part in parts], 2)
@@ -576,10 +562,7 @@ LOSSES = {  # what a loss takes; a new one is a line here and its formula in pai
 
 
 def pair_loss(chosen, rejected, args):
-    """Loss [B]; the formulas and their sources stand at the top of this file.
-
-    chosen, rejected [B], nats, sums or means: log pi - log ref, or log pi for a loss without a reference.
-    """
+    """Loss [B], as at the file's top, of r(w) and r(l) [B]; these are without log ref where it takes none."""
     h = chosen - rejected
     beta, noise = args.beta, args.label_smoothing
     if args.loss_type == "sigmoid":
@@ -596,13 +579,9 @@ def pair_loss(chosen, rejected, args):
 
 
 def dpo_step(engine, examples, ref_logps, args, train=True):
-    """Forward and backward over the pairs of one optimiser step, in as many passes as it takes.
-
-    Each pass adds its share of the loss, a mean over the pairs of the whole step on all ranks. ref_logps
-    [B, 2]: what pair_logps gives under the reference. Returns metrics, the same on all ranks.
-    """
+    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics."""
     sizes = np.array([example["sizes"] for example in examples])  # [B, 2]
-    n_chosen = sizes[:, 0].sum()  # tokens
+    n_chosen = sizes[:, 0].sum()  # tokens of the whole step, over all ranks
     passes = split_step([example["length"] for example in examples], args, n_responses=2)
     engine.train(train)
     totals = 0
@@ -755,28 +734,25 @@ def start_engine(args, total_steps, wrapper):
 
 @torch.no_grad()
 def check_tree(engine, args):
-    """Stops unless packed trees have the log-probs that the model itself gives to each of their branches."""
-    wrapper = getattr(engine, "module", engine)
-    trees, branches = [], []
-    for n in (23, 30):  # a prompt of 5 tokens, a chosen response of 9, a rejected one of the rest
-        ids = np.arange(n) * 7 % 32
-        trees.append({"input_ids": ids, "trained": np.arange(n) > 4, "ends": np.array([5, 14, n])})
-        branches += [ids[:14], np.r_[ids[:5], ids[14:]]]
-    pack = pack_trees(trees, engine.device)
-    found = wrapper(pack)
-    other = pack["input_ids"].clone()
-    other[0, :5] += 1  # of the first tree: the last branch must not notice, to the bit
-    leak = (wrapper(pack | {"input_ids": other}) - found)[-8:].abs().mean().item()
-    wrapper.model.set_attn_implementation("eager")
-    inputs = [to_device(branch[None], engine.device) for branch in branches]
-    logits = torch.cat([wrapper.model(ids).logits[0, 4:-1] for ids in inputs])
-    wrapper.model.set_attn_implementation("packed")
-    expected = -F.cross_entropy(logits.float(), pack["targets"], reduction="none")
+    """Stops unless both branches of a tree have the log-probs that the model itself gives to them alone."""
+    model = engine.model
+    alone = np.arange(23) * 7 % 32  # a prompt of 5 tokens and the chosen response
+    ids = np.append(alone, alone[5:15])  # the rejected one begins like it
+    last = {"input_ids": ids, "trained": np.arange(33) > 4, "ends": np.array([5, 23, 33])}
+    found = engine(pack_trees([last, last], engine.device))[-28:]
+    first = last | {"input_ids": ids + 1}  # the last one must not notice
+    again = engine(pack_trees([first, last], engine.device))[-28:]
+    alone = to_device(alone[None], engine.device)
+    model.set_attn_implementation("eager")
+    logits = model(alone).logits[0, 4:-1]
+    model.set_attn_implementation("packed")
+    expected = -F.cross_entropy(logits.float(), alone[0, 5:], reduction="none")
+    worst = (found - torch.cat([expected, expected[:10]])).abs().mean().item()
+    leak = (found - again).abs().mean().item()
     # In bf16 rounding alone makes up to 0.2 in a deep model.
-    worst = (found - expected).abs().mean().item()
     if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
         cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
-        die(f"{type(wrapper.model).__name__} is not supported: {cause}")
+        die(f"{type(model).__name__} is not supported: {cause}")
 
 
 def start_frozen(path, args, device, offload, wrapper):

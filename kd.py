@@ -23,7 +23,6 @@ Commands:
 """
 
 import datetime
-import functools
 import hashlib
 import itertools
 import json
@@ -458,82 +457,56 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
     return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
 
 
-def top_and_rest(logits, ids):
-    """Logits [C, V], ids [C, K] -> log-probs [C, K + 1]: of these K tokens, and of all others together."""
-    rest = logits.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-    rest = rest.clamp(min=-1e4)  # -inf where K tokens are all there are: 0 * (-inf - -inf) would be NaN
-    return torch.cat([logits.gather(1, ids), rest], 1).log_softmax(1)
+def token_logps(model, hidden, targets):
+    """Log-probs [C] of the targets, in nats."""
+    return -F.cross_entropy(model.logits(hidden), targets, reduction="none")
 
 
-class Distill(torch.nn.Module):
-    """Teacher or student as forward(pack) -> log-probs [N] of the N trained tokens, or more about them.
+class InChunks(torch.nn.Module):
+    """A causal LM as forward(pack, of_chunk, *more): of_chunk of the pack's N trained tokens, C at a time.
 
-    pack["targets"] None: the teacher's hidden states [N, H], or with --teacher_topk its rows [N, 2k + 1]: the
-    log-probs of k tokens and of all others together, then their ids. With one of these as pack["teacher"]:
-    the student's cross-entropy and divergence [N, 2].
+    of_chunk(this module, hidden states [C, H], targets [C], *more [C, ...]) returns [C, ...].
     """
 
-    def __init__(self, model, vocab_size, args, teacher=None):
+    def __init__(self, model):
         super().__init__()
         self.model = model
-        self.vocab_size = vocab_size
-        self.args = args
         self.parts = [model.base_model, model.get_output_embeddings()]  # a list: not twice in the state dict
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.teacher = [teacher]  # a list: no part of the student; None: this is it, or a table has its rows
-        for wrapper in filter(None, (self, teacher)):
-            for p in wrapper.parts[1].parameters():
-                if hasattr(p, "ds_id"):  # ZeRO-3: gathered once per pass, not per chunk
-                    deepspeed.zero.register_external_parameter(self, p)
+        for p in self.parts[1].parameters():  # under ZeRO-3 gathered once per pass, not per chunk
+            deepspeed.zero.register_external_parameter(self, p)
 
     def logits(self, hidden):
-        """hidden [C, H] -> fp32 logits [C, V]; some models scale or cap them."""
+        """[C, H] -> fp32 [C, V]; some models scale or cap their logits."""
         weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
         logits = F.linear(hidden * self.scale, weight, bias).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
-    def real(self, logits):
-        """[C, V] -> [C, vocab_size], at the temperature; what models pad their vocabulary with goes."""
-        return logits[:, : self.vocab_size] / self.args.kd_temperature
-
-    def chunk(self, hidden, targets=None, teacher=None):
-        """As forward, of hidden states [C, H]."""
-        logits = self.logits(hidden)
-        real = self.real(logits)
-        if targets is None:
-            ids = real.topk(self.args.teacher_topk, 1).indices
-            return torch.cat([top_and_rest(real, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
-        ce = F.cross_entropy(logits, targets, reduction="none")
-        if teacher is None:
-            return -ce
-        if self.args.teacher_topk:
-            log_p, ids = teacher.tensor_split([self.args.teacher_topk + 1], 1)
-            log_q = top_and_rest(real, ids.long())
-        else:
-            log_p = self.real(self.teacher[0].logits(teacher)).log_softmax(1)
-            log_q = real.log_softmax(1)
-        kd = self.args.kd_temperature**2 * divergence(log_p, log_q, self.args.kd_loss)
-        return torch.stack([ce, kd], 1)
-
-    def forward(self, pack):
+    def forward(self, pack, of_chunk=token_logps, *more):
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
         hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
-        if pack["targets"] is None and not self.args.teacher_topk:
-            return hidden
         weight = self.parts[1].weight
         budget = 2**26  # bytes of a chunk's logits
         if weight.is_cuda:
             budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
         rows = max(16, budget // (4 * weight.shape[0]))
         # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
-        tensors = (hidden, pack["targets"], pack.get("teacher"))
-        chunks = zip(*[tensor.split(rows) for tensor in tensors if tensor is not None])
-        parts = [checkpoint(self.chunk, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat(parts)
+        chunks = zip(*[tensor.split(rows) for tensor in (hidden, pack["targets"], *more)])
+        return torch.cat([checkpoint(of_chunk, self, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def log_probs(logits, args, ids=None):
+    """Log-probs of the tokenizer's tokens [C, V], or of ids [C, K] and of all others together [C, K + 1]."""
+    logits = logits[:, : args.vocab_size] / args.kd_temperature  # without what a model pads
+    if ids is not None:
+        rest = logits.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+        rest = rest.clamp(min=-1e4)  # -inf where K tokens are all there are: 0 * (-inf - -inf) would be NaN
+        logits = torch.cat([logits.gather(1, ids), rest], 1)
+    return logits.log_softmax(1)
 
 
 def divergence(log_p, log_q, kind):
@@ -542,36 +515,44 @@ def divergence(log_p, log_q, kind):
     def kl(log_a, log_b):
         return torch.linalg.vecdot(log_a.exp(), log_a - log_b)
 
-    if kind == "forward_kl":
-        return kl(log_p, log_q)
     if kind == "reverse_kl":
         return kl(log_q, log_p)
     if kind == "jsd":
         middle = torch.logaddexp(log_p, log_q) - math.log(2)
         return (kl(log_p, middle) + kl(log_q, middle)) / 2
-    skewed = torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9))
-    return kl(log_p, skewed)
+    if kind == "skew":
+        log_q = torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9))
+    return kl(log_p, log_q)
 
 
 def kd_step(engine, teacher, rows, examples, args, train=True):
-    """Forward and backward over the examples of one optimiser step, in as many passes as it takes.
+    """Forward and backward of one optimiser step; its metrics. rows: teacher_topk's, None: it is live."""
 
-    Each pass adds its share of the loss, divided by the trained tokens of the whole step over all ranks.
-    rows: what teacher_topk gives for these examples, else None. Returns metrics, the same on all ranks.
-    """
-    n_tokens = int(sum(example["n_trained"] for example in examples))
+    def of_chunk(student, hidden, targets, known):
+        """[C, 2]: cross-entropy with the data, divergence from the teacher."""
+        logits = student.logits(hidden)
+        if rows:
+            log_p, ids = known.tensor_split([args.teacher_topk + 1], 1)
+            log_q = log_probs(logits, args, ids.long())
+        else:
+            log_p = log_probs(teacher.logits(known), args)
+            log_q = log_probs(logits, args)
+        kd = args.kd_temperature**2 * divergence(log_p, log_q, args.kd_loss)
+        return torch.stack([F.cross_entropy(logits, targets, reduction="none"), kd], 1)
+
+    n_tokens = int(sum(example["n_trained"] for example in examples))  # of the whole step, over all ranks
     passes = split_step([example["length"] for example in examples], args)
     engine.train(train)
     totals = torch.zeros(3, device=engine.device)
     for i, (members, weight) in enumerate(passes):
         pack = pack_rows([examples[j] for j in members], engine.device)
         if rows:
-            pack["teacher"] = to_device(np.concatenate([rows[j] for j in members]), engine.device)
+            known = to_device(np.concatenate([rows[j] for j in members]), engine.device)
         else:
-            pack["teacher"] = teacher(pack | {"targets": None})
+            known = teacher(pack, lambda model, hidden, targets: hidden)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
-            ce_loss, kd_loss = weight * engine(pack).sum(0) / n_tokens
+            ce_loss, kd_loss = weight * engine(pack, of_chunk, known).sum(0) / n_tokens
             loss = (1 - args.kd_coef) * ce_loss + args.kd_coef * kd_loss
         if train:
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
@@ -731,8 +712,14 @@ def start_frozen(path, args, device, offload, wrapper):
     return model.to(device)
 
 
-def teacher_topk(table, wrapper, args, device):
-    """The rows of --teacher_topk (see Distill) of each example: computed once and kept in --cache_dir."""
+def teacher_topk(table, args, device):
+    """Of each example [n_trained, 2k + 1]: k log-probs, that of all other tokens, k ids; in --cache_dir."""
+
+    def of_chunk(teacher, hidden, targets):
+        logits = teacher.logits(hidden)
+        ids = logits[:, : args.vocab_size].topk(args.teacher_topk, 1).indices
+        return torch.cat([log_probs(logits, args, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
+
     path = args.teacher_model
     width = 2 * args.teacher_topk + 1
     code = Path(__file__).read_text().partition("\ndef divergence")[0]  # all that computes the rows
@@ -741,7 +728,7 @@ def teacher_topk(table, wrapper, args, device):
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
-        engine = start_frozen(path, args, device, args.teacher_offload, wrapper)
+        engine = start_frozen(path, args, device, args.teacher_offload, InChunks)
         check_attention(engine, args)
         partial = f"{file}.{os.urandom(4).hex()}"  # another run may write the same
         blocks = np.array_split(np.arange(len(table)), math.ceil(len(table) / args.train_batch_size))
@@ -750,7 +737,7 @@ def teacher_topk(table, wrapper, args, device):
             owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
             rows = torch.zeros(len(owner), width, device=device)
             for members, weight in split_step([example["length"] for example in batch], args):
-                values = engine(pack_rows([batch[j] for j in members], device) | {"targets": None})
+                values = engine(pack_rows([batch[j] for j in members], device), of_chunk)
                 places = np.concatenate([np.flatnonzero(owner == j) for j in members])
                 rows[to_device(places, device)] += weight * values
             dist.all_reduce(rows)  # those of other ranks are 0
@@ -916,7 +903,8 @@ def main(args):
     encoding = (encode_example, tokenizer, args)
     if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
         die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
-    args.teacher_topk = min(args.teacher_topk, len(tokenizer))
+    args.vocab_size = len(tokenizer)
+    args.teacher_topk = min(args.teacher_topk, args.vocab_size)
     # --- end algorithm
     identity = identify(args)
     examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
@@ -936,16 +924,17 @@ def main(args):
 
     # --- algorithm: kd (model)
     transformers.AttentionInterface.register("packed", packed_attention)
-    wrapper = functools.partial(Distill, vocab_size=len(tokenizer), args=args)
     teacher, topk = None, {}
     if args.teacher_topk:
-        for table in filter(None, (examples, held_out)):
-            topk[table] = teacher_topk(table, wrapper, args, device)
+        topk = {table: teacher_topk(table, args, device) for table in filter(None, (examples, held_out))}
     else:
-        teacher = start_frozen(args.teacher_model, args, device, args.teacher_offload, wrapper)
+        teacher = start_frozen(args.teacher_model, args, device, args.teacher_offload, InChunks)
         check_attention(teacher, args)
-    engine = start_engine(args, total_steps, functools.partial(wrapper, teacher=teacher))
+    engine = start_engine(args, total_steps, InChunks)
     check_attention(engine, args)
+    if teacher:
+        for p in teacher.parts[1].parameters():  # the student's passes need it, whole
+            deepspeed.zero.register_external_parameter(engine.module, p)
 
     def take_step(table, indices, train=True):
         rows = [topk[table][i] for i in indices] if args.teacher_topk else None

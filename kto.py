@@ -529,14 +529,14 @@ def choose_partners(prompts, seed):
 def fetch_rows(table, indices, partners, args):
     """(examples of the rows, examples of their prompts with the partners' responses; [] for APO-zero)."""
     examples = table.__getitems__(indices)
+    if args.apo_zero_unpaired:
+        return examples, []
     mismatched = []
-    if not args.apo_zero_unpaired:
-        for example, partner in zip(examples, table.__getitems__(partners[indices])):
-            prompt = example["input_ids"][~example["trained"]]
-            response = partner["input_ids"][partner["trained"]]
-            ids = np.append(prompt, response)[: args.max_len]
-            trained = np.arange(len(ids)) >= len(prompt)
-            mismatched.append({"input_ids": ids, "trained": trained})
+    for example, partner in zip(examples, table.__getitems__(partners[indices])):
+        prompt = example["input_ids"][~example["trained"]]
+        response = partner["input_ids"][partner["trained"]]
+        ids = np.append(prompt, response)[: args.max_len]
+        mismatched.append({"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt)})
     return examples, mismatched
 
 
@@ -548,17 +548,13 @@ def kto_loss(log_ratios, desirable, kl, args):
 
 
 def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
-    """Forward and backward over the rows of one optimiser step, in as many passes as it takes.
-
-    Each pass adds its share of the loss, a mean over the rows of the whole step on all ranks. mismatched: the
-    examples for z0. ref_logps [B, 2]: the reference's, of both. Returns metrics, the same on all ranks.
-    """
+    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics."""
     desirable = np.array([example["desirable"] for example in examples])
     passes = split_step([example["length"] for example in examples], args)
     n = len(examples)
     device = engine.device
     engine.train(train)
-    found = torch.zeros(n, 3, dtype=torch.float64, device=device)  # of each row: loss, r(y), log pi(y)
+    found = torch.zeros(n, 3, dtype=torch.float64, device=device)  # of each row: loss, reward, log pi(y)
     z0 = found.new_zeros(())
     if mismatched:
         with torch.no_grad():
@@ -576,15 +572,14 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
             loss = losses.sum() / n
         if train:
             engine.backward(weight * loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
-        values = torch.stack([losses, log_ratios, logps], 1).detach()
+        values = torch.stack([losses, args.beta * log_ratios, logps], 1).detach()
         found[to_device(members, device)] += weight * values
     dist.all_reduce(found)  # rows of other ranks are 0
-    losses, log_ratios, logps = found.cpu().numpy().T
-    metrics = {"loss": losses.mean(), "kl": z0.item()}
+    found = found.cpu().numpy()
+    metrics = {"loss": found[:, 0].mean(), "kl": z0.item()}
     for kind, group in (("chosen", desirable), ("rejected", ~desirable)):
         if group.any():  # else there is no mean
-            metrics[f"rewards/{kind}"] = args.beta * log_ratios[group].mean()
-            metrics[f"logps/{kind}"] = logps[group].mean()
+            _, metrics[f"rewards/{kind}"], metrics[f"logps/{kind}"] = found[group].mean(0)
     if 0 < desirable.sum() < n:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics

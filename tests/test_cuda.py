@@ -6,7 +6,6 @@ As a script this file runs all cases in one process and prints {case: what is wr
 """
 
 import ctypes
-import functools
 import json
 import shutil
 import subprocess
@@ -129,13 +128,10 @@ def make_table(script):
 def run_step(script, name, args, table):
     """A step of the trainer: the host may wait for the GPU once, for the metrics (kto.py: in two lines)."""
     teacher, rows = None, None
-    if name != "kd":
-        wrapper = script.LogProbs
-    else:
-        wrapper = functools.partial(script.Distill, vocab_size=90, args=args)
+    wrapper = script.InChunks if name == "kd" else script.LogProbs
+    if name == "kd":
         with fake, Watch():
             teacher = script.start_frozen(args.teacher_model, args, GPU, False, wrapper)
-        wrapper = functools.partial(wrapper, teacher=teacher)
     engine = script.start_engine(args, 3, wrapper)
     examples = table.__getitems__(range(2))
     if name == "kd" and args.teacher_topk:
@@ -153,7 +149,7 @@ def run_frozen(script, name, args, table):
     """The pass of a frozen model: the host may wait where it is moved and checked, and for the values."""
     with fake, Watch() as watch:
         if name == "kd":
-            script.teacher_topk(table, functools.partial(script.Distill, vocab_size=90, args=args), args, GPU)
+            script.teacher_topk(table, args, GPU)
         elif name == "kto":
             script.reference_rows(table, args, GPU)
         else:
@@ -180,6 +176,7 @@ def check(case, script, name, family, flags, folder):
         register_attention(script)
     paths |= {"teacher_model": folder} if name == "kd" else {}
     args = script.Args(**paths, **flags)
+    args.vocab_size = 90
     try:
         if name == "batch_infer":
             run_scoring(script, args)

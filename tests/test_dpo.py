@@ -242,6 +242,12 @@ def test_a_tie_counts_half(run, tmp_path):
     assert (found["rewards/margins"][0], found["rewards/accuracies"][0]) == (0, 0.5)
 
 
+def test_equal_responses_are_left_out_but_not_unusable(run, tmp_path):
+    equal = [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 3
+    found = run(dataset=write_rows(tmp_path / "x.jsonl", [*equal, *make_pairs(1)]), max_drop_ratio=0.0)
+    assert len(found["loss"]) == 1
+
+
 # --- equality: however a step is split, it is the step of plain torch
 
 LOSSES = {  # name: (flags, the loss of h)
