@@ -457,11 +457,6 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
     return torch.cat([attend(*part, scaling, window, softcap) for part in parts], 2).transpose(1, 2), None
 
 
-def token_logps(model, hidden, targets):
-    """Log-probs [C] of the targets, in nats."""
-    return -F.cross_entropy(model.logits(hidden), targets, reduction="none")
-
-
 class InChunks(torch.nn.Module):
     """A causal LM as forward(pack, of_chunk, *more): of_chunk of the pack's N trained tokens, C at a time.
 
@@ -486,7 +481,11 @@ class InChunks(torch.nn.Module):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
-    def forward(self, pack, of_chunk=token_logps, *more):
+    def logps(self, hidden, targets):
+        """Log-probs [C] of the targets: what a model is checked by."""
+        return -F.cross_entropy(self.logits(hidden), targets, reduction="none")
+
+    def forward(self, pack, of_chunk=logps, *more):
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
         hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
         weight = self.parts[1].weight
