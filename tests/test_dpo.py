@@ -238,14 +238,10 @@ def test_first_loss_is_known(flags, loss, run, tmp_path):
 
 
 def test_a_tie_counts_half(run, tmp_path):
-    found = run(dataset=write_rows(tmp_path / "pair.jsonl", make_pairs(1)), max_steps=1)
-    assert (found["rewards/margins"][0], found["rewards/accuracies"][0]) == (0, 0.5)
-
-
-def test_equal_responses_are_left_out_but_not_unusable(run, tmp_path):
-    equal = [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 3
-    found = run(dataset=write_rows(tmp_path / "x.jsonl", [*equal, *make_pairs(1)]), max_drop_ratio=0.0)
-    assert len(found["loss"]) == 1
+    """Beside pairs of equal responses, which are left out, and not as unusable."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 3 + make_pairs(1)
+    found = run(dataset=write_rows(tmp_path / "pairs.jsonl", rows), max_drop_ratio=0.0)
+    assert (found["rewards/margins"], found["rewards/accuracies"]) == ([0], [0.5])
 
 
 # --- equality: however a step is split, it is the step of plain torch
