@@ -475,7 +475,7 @@ def pack_trees(examples, device):
 
 
 def attend_segment(query, key, value, scaling, window, softcap):
-    """Causal attention of one segment: query [1, heads, n_q, dim] is of the last of the n_k key positions."""
+    """Causal attention of a segment: query [1, heads, n_q, dim] of the last of n_k positions of key and value."""
     n_q, n_k = query.shape[2], key.shape[2]
     mask = None
     if n_q < n_k or window or softcap:
@@ -562,7 +562,10 @@ LOSSES = {  # what a loss takes; a new one is a line here and its formula in pai
 
 
 def pair_loss(chosen, rejected, args):
-    """Loss [B], as at the file's top, of r(w) and r(l) [B]; these are without log ref where it takes none."""
+    """Loss [B]; the formulas and their sources stand at the top of this file.
+
+    chosen, rejected [B], nats, sums or means: log pi - log ref, or log pi for a loss without a reference.
+    """
     h = chosen - rejected
     beta, noise = args.beta, args.label_smoothing
     if args.loss_type == "sigmoid":
@@ -579,7 +582,10 @@ def pair_loss(chosen, rejected, args):
 
 
 def dpo_step(engine, examples, ref_logps, args, train=True):
-    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics."""
+    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics.
+
+    ref_logps [B, 2]: what pair_logps gives under the reference.
+    """
     sizes = np.array([example["sizes"] for example in examples])  # [B, 2]
     n_chosen = sizes[:, 0].sum()  # tokens of the whole step, over all ranks
     passes = split_step([example["length"] for example in examples], args, n_responses=2)

@@ -24,6 +24,7 @@ Commands:
 
 import datetime
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -721,7 +722,8 @@ def teacher_topk(table, args, device):
 
     path = args.teacher_model
     width = 2 * args.teacher_topk + 1
-    code = Path(__file__).read_text().partition("\ndef divergence")[0]  # all that computes the rows
+    code = Path(__file__).read_text().partition("\ndef divergence")[0]  # with this function all that decides
+    code += inspect.getsource(teacher_topk)
     decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
     file = Path(args.cache_dir, f"topk-{datasets.fingerprint.Hasher.hash(decides)}")
     found = [file.exists()]

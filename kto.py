@@ -548,7 +548,10 @@ def kto_loss(log_ratios, desirable, kl, args):
 
 
 def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
-    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics."""
+    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics.
+
+    mismatched: the examples for z0. ref_logps [B, 2], nats: the reference's, of both.
+    """
     desirable = np.array([example["desirable"] for example in examples])
     passes = split_step([example["length"] for example in examples], args)
     n = len(examples)
