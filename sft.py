@@ -217,8 +217,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     if not messages or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
         raise ValueError("no assistant turn after a prompt, or an empty response")
 
-    def render(n, ask=False):
-        """Text of the first n messages, and of what asks for the next."""
+    def render(n, ask=False):  # the text of n messages, and of what asks for the next
         if plain:
             return "".join(message["content"] for message in messages[:n])
         text = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=ask)
@@ -232,30 +231,23 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     trained = np.zeros(len(ids), dtype=bool)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns if multiturn else turns[-1:]:
-        # From where the answer is asked for, so that what is trained is what will be asked for.
-        question = render(i, ask=True)
+        question = render(i, ask=True)  # what is trained is what will be asked for
         asked = os.path.commonprefix([text, question])
         before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
         answered = render(i + 1)
-        # Templates of reasoning models drop the thoughts of earlier turns.
         if not text.startswith(before) or not text.startswith(answered):
-            raise ValueError("the chat template rewrites earlier turns")
+            raise ValueError("the chat template rewrites earlier turns")  # many drop the thoughts of these
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
-    return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
-
-
-def finish(ids, trained, tokenizer, max_len, cut):
-    """Adds EOS unless the response was cut or the template wrote its own end; shortens to max_len."""
-    special = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
-    closed = special and trained[-1]
-    if closed and cut:  # it is not the sampler's
+    cut = finish_reason not in (None, "stop")
+    closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
+    if closed and cut:  # by the template, not by the sampler
         ids, trained = ids[:-1], trained[:-1]
     elif not closed and not cut:
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
     trained[0] = False  # nothing predicts the first token
-    if not trained[:max_len].any():
+    if not trained[: args.max_len].any():
         raise ValueError("nothing to train within max_len")
-    return ids[:max_len], trained[:max_len]
+    return ids[: args.max_len], trained[: args.max_len]
 
 
 def encode_example(row, tokenizer, args):
