@@ -198,8 +198,7 @@ def as_messages(value, role):
         if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
             raise ValueError("neither text nor messages with role and content")
         turn["role"] = names.get(turn["role"], turn["role"])
-        turn["content"] = str(turn["content"])
-        messages.append(turn)
+        messages.append(turn | {"content": str(turn["content"])})
     return messages
 
 
@@ -470,10 +469,9 @@ def sft_step(engine, examples, args, train=True):
     engine.train(train)
     total_loss = torch.zeros((), device=engine.device)
     for i, (members, weight) in enumerate(passes):
-        pack = pack_rows([examples[j] for j in members], engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
-            per_token_logps = engine(pack)
+            per_token_logps = engine(pack_rows([examples[j] for j in members], engine.device))
             loss = weight * -per_token_logps.sum() / n_tokens
         if train:
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
