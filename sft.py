@@ -198,7 +198,8 @@ def as_messages(value, role):
         if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
             raise ValueError("neither text nor messages with role and content")
         turn["role"] = names.get(turn["role"], turn["role"])
-        messages.append(turn | {"content": str(turn["content"])})
+        turn["content"] = str(turn["content"])
+        messages.append(turn)
     return messages
 
 
@@ -214,7 +215,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
-        raise ValueError("no assistant turn after a prompt, or an empty response")
+        raise ValueError("no assistant turn, or an empty response")
 
     def render(n, ask=False):  # the text of n messages, and of what asks for the next
         if plain:
