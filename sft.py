@@ -206,7 +206,7 @@ def as_messages(value, role):
 def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
     """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages."""
     sampled = finish_reason is not None  # by batch_infer.py, whose prompt holds template and BOS already
-    listed = any(isinstance(x, list) for x in (prompt, response) if x)  # messages, also in csft's samples
+    listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
     plain = not listed and (sampled or not args.apply_chat_template)  # its template just joins the parts
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
@@ -214,8 +214,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         messages[0]["content"] = template.replace("{}", messages[0]["content"])
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    if not messages or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
-        raise ValueError("no assistant turn, or an empty response")
+    if len(messages) < 2 or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
+        raise ValueError("no assistant turn after a prompt, or an empty response")
 
     def render(n, ask=False):  # the text of n messages, and of what asks for the next
         if plain:
@@ -236,7 +236,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
         answered = render(i + 1)
         if not text.startswith(before) or not text.startswith(answered):
-            raise ValueError("the chat template rewrites earlier turns")  # many drop the thoughts of these
+            raise ValueError("the chat template rewrites earlier turns")  # many drop their thoughts
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
     cut = finish_reason not in (None, "stop")
     closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
@@ -265,7 +265,9 @@ def encode_example(row, tokenizer, args):
     if not fitting:
         raise ValueError(f"--input_key, --output_key: there are columns {', '.join(row)}, not {layouts}")
     prompt_key, response_key = fitting[0]
-    prompt, response = row.get(prompt_key, []), row.get(response_key, [])
+    prompt, response = row.get(prompt_key, ""), row.get(response_key, [])
+    if prompt_key is None and not isinstance(response, str):
+        raise ValueError(f"{response_key} is not plain text")
     if prompt_key == "instruction" and prompt is not None and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)

@@ -449,7 +449,8 @@ def test_reasons_are_counted(examples_of, tmp_path, capsys):
         file.write('\n{"input": "the writer was killed he')
     assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
-    assert f"dropped 2 of 51 rows: no assistant turn, or an empty response; the first: {path}:48" in said
+    reason = "no assistant turn after a prompt, or an empty response"
+    assert f"dropped 2 of 51 rows: {reason}; the first: {path}:48" in said
     assert f"dropped 1 of 51 rows: nothing to train within max_len; the first: {path}:47" in said
     assert f"the first: {path}:51" in said and "data   51 rows, 46 examples" in said and said.count("\n") == 4
     with pytest.raises(SystemExit, match="2"):
