@@ -76,7 +76,8 @@ def kill_tree(process):
 
 def result(folder):
     """What a run leaves: the names of its files, the bytes of the weights, the metrics of each step."""
-    steps = {k: v for k, v in metrics_of(folder / "out").items() if "per_sec" not in k and "peak" not in k}
+    timing = {"tokens_per_sec", "samples_per_sec", "minutes_left", "peak_mem_gib"}
+    steps = {name: values for name, values in metrics_of(folder / "out").items() if name not in timing}
     names = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*"), *folder.glob("out/*")])
     return names, weights_of(folder / "out"), steps
 

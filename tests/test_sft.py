@@ -240,8 +240,7 @@ def test_checkpointed_layers_are_computed_again(run, tmp_path):
     data, calls = write_rows(tmp_path / "rows.jsonl", make_rows(5)), []
     for checkpointing in (False, True):
         with mock.patch.object(sft, "attend", wraps=sft.attend) as spy:
-            flags = {"gradient_checkpointing": checkpointing, "save_path": f"{tmp_path}/{checkpointing}"}
-            assert run(dataset=data, **flags) == 0
+            assert run(dataset=data, gradient_checkpointing=checkpointing, save_path=f"{tmp_path}/{checkpointing}") == 0
         calls.append(spy.call_count - 8)  # of the check at the start: twice two rows, two layers
     assert calls == [10, 20]
 
@@ -373,9 +372,7 @@ def examples_of(tiny, tokenizer):
 
     def call(names, **flags):
         args = make_args(pretrain=tiny, **flags)
-        return sft.load_examples(
-            str(names), args.dataset_probs, args.dataset_split, sft.encode_example, tokenizer, args
-        ).with_format(None)
+        return sft.load_examples(str(names), args.dataset_probs, "train", sft.encode_example, tokenizer, args).with_format(None)
 
     return call
 
@@ -449,8 +446,7 @@ def test_reasons_are_counted(examples_of, tmp_path, capsys):
         file.write('\n{"input": "the writer was killed he')
     assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
-    reason = "no assistant turn after a prompt, or an empty response"
-    assert f"dropped 2 of 51 rows: {reason}; the first: {path}:48" in said
+    assert f"dropped 2 of 51 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48" in said
     assert f"dropped 1 of 51 rows: nothing to train within max_len; the first: {path}:47" in said
     assert f"the first: {path}:51" in said and "data   51 rows, 46 examples" in said and said.count("\n") == 4
     with pytest.raises(SystemExit, match="2"):
