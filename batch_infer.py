@@ -117,8 +117,7 @@ class Args:
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = "{}"
+            die(f"--input_template {self.input_template!r} has no {{}} where the prompt would stand")
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
@@ -159,8 +158,7 @@ def open_rows(name, split, cache_dir=None):
     kind = Path(path).suffix[1:]
     try:
         if kind == "jsonl":
-            # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
-            # types ("2026-01-01" becomes a date) and fails where columns are mixed.
+            # As text: the library's reader of JSON guesses types (dates) and fails on mixed columns.
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
             return list(json.loads(Path(path).read_bytes()))
@@ -257,14 +255,13 @@ def load_tokenizer(path, args):
 
 def as_messages(value, role):
     """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
-    keys = {"from": "role", "value": "content"}  # ShareGPT's
-    roles = {"human": "user", "gpt": "assistant"}
+    names = {"from": "role", "value": "content", "human": "user", "gpt": "assistant"}  # ShareGPT's
     messages = []
     for turn in value if isinstance(value, list) else [{"role": role, "content": value}]:
-        turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
+        turn = {names.get(key, key): x for key, x in turn.items() if x is not None}  # Arrow adds None
         if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
             raise ValueError("neither text nor messages with role and content")
-        turn["role"] = roles.get(turn["role"], turn["role"])
+        turn["role"] = names.get(turn["role"], turn["role"])
         turn["content"] = str(turn["content"])
         messages.append(turn)
     return messages

@@ -137,8 +137,7 @@ class Args:
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         if self.input_template and "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = None
+            die(f"--input_template {self.input_template!r} has no {{}} where the prompt would stand")
         if self.use_wandb and not transformers.integrations.is_wandb_available():
             note("notice wandb is not installed: metrics are in metrics.jsonl only")
             self.use_wandb = None
@@ -198,8 +197,7 @@ def open_rows(name, split, cache_dir=None):
     kind = Path(path).suffix[1:]
     try:
         if kind == "jsonl":
-            # Memory-mapped lines of text, parsed one by one: the library's own reader of JSON guesses
-            # types ("2026-01-01" becomes a date) and fails where columns are mixed.
+            # As text: the library's reader of JSON guesses types (dates) and fails on mixed columns.
             return datasets.load_dataset("text", data_files=path, split="train", cache_dir=cache_dir)["text"]
         if kind == "json":
             return list(json.loads(Path(path).read_bytes()))
@@ -228,14 +226,13 @@ def load_tokenizer(path, args):
 
 def as_messages(value, role):
     """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
-    keys = {"from": "role", "value": "content"}  # ShareGPT's
-    roles = {"human": "user", "gpt": "assistant"}
+    names = {"from": "role", "value": "content", "human": "user", "gpt": "assistant"}  # ShareGPT's
     messages = []
     for turn in value if isinstance(value, list) else [{"role": role, "content": value}]:
-        turn = {keys.get(key, key): item for key, item in turn.items() if item is not None}  # Arrow adds None
+        turn = {names.get(key, key): x for key, x in turn.items() if x is not None}  # Arrow adds None
         if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
             raise ValueError("neither text nor messages with role and content")
-        turn["role"] = roles.get(turn["role"], turn["role"])
+        turn["role"] = names.get(turn["role"], turn["role"])
         turn["content"] = str(turn["content"])
         messages.append(turn)
     return messages
@@ -255,8 +252,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     if len(messages) < 2 or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
         raise ValueError("no assistant turn after a prompt, or an empty response")
 
-    def render(n, ask=False):
-        """Text of the first n messages, and of what asks for the next."""
+    def render(n, ask=False):  # the text of n messages, and of what asks for the next
         if plain:
             return "".join(message["content"] for message in messages[:n])
         text = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=ask)
@@ -270,30 +266,23 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     trained = np.zeros(len(ids), dtype=bool)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in turns if multiturn else turns[-1:]:
-        # From where the answer is asked for, so that what is trained is what will be asked for.
-        question = render(i, ask=True)
+        question = render(i, ask=True)  # what is trained is what will be asked for
         asked = os.path.commonprefix([text, question])
         before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
         answered = render(i + 1)
-        # Templates of reasoning models drop the thoughts of earlier turns.
         if not text.startswith(before) or not text.startswith(answered):
-            raise ValueError("the chat template rewrites earlier turns")
+            raise ValueError("the chat template rewrites earlier turns")  # many drop their thoughts
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
-    return finish(ids, trained, tokenizer, args.max_len, cut=finish_reason not in (None, "stop"))
-
-
-def finish(ids, trained, tokenizer, max_len, cut):
-    """Adds EOS unless the response was cut or the template wrote its own end; shortens to max_len."""
-    special = tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
-    closed = special and trained[-1]
-    if closed and cut:  # it is not the sampler's
+    cut = finish_reason not in (None, "stop")
+    closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
+    if closed and cut:  # by the template, not by the sampler
         ids, trained = ids[:-1], trained[:-1]
     elif not closed and not cut:
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
     trained[0] = False  # nothing predicts the first token
-    if not trained[:max_len].any():
+    if not trained[: args.max_len].any():
         raise ValueError("nothing to train within max_len")
-    return ids[:max_len], trained[:max_len]
+    return ids[: args.max_len], trained[: args.max_len]
 
 
 def encode_response(row, prompt_key, response_key, tokenizer, args):
@@ -475,7 +464,7 @@ def pack_trees(examples, device):
 
 
 def attend_segment(query, key, value, scaling, window, softcap):
-    """Causal attention of a segment: query [1, heads, n_q, dim] of the last of n_k positions of key and value."""
+    """Causal attention of a segment: query [1, heads, n_q, dim] is of the last of key's n_k positions."""
     n_q, n_k = query.shape[2], key.shape[2]
     mask = None
     if n_q < n_k or window or softcap:
@@ -517,31 +506,31 @@ class LogProbs(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.parts = [model.base_model, model.get_output_embeddings()]  # a list: not twice in the state dict
         config = model.config.get_text_config()
         self.scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        for p in self.parts[1].parameters():  # under ZeRO-3 gathered once per pass, not per chunk
-            deepspeed.zero.register_external_parameter(self, p)
+        for p in model.get_output_embeddings().parameters():
+            deepspeed.zero.register_external_parameter(self, p)  # ZeRO-3: gathered per pass, not per chunk
 
-    def chunk_logps(self, weight, bias, hidden, targets):
+    def chunk_logps(self, head, hidden, targets):
         """hidden [C, H], targets [C] -> log-probs [C]; some models scale or cap their logits."""
-        logits = F.linear(hidden * self.scale, weight, bias).float()  # [C, V]
+        logits = F.linear(hidden * self.scale, head.weight, head.bias).float()  # [C, V]
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return -F.cross_entropy(logits, targets, reduction="none")
 
     def forward(self, pack):
         inputs = {name: pack[name] for name in ("input_ids", "position_ids", "segments")}
-        hidden = self.parts[0](**inputs, use_cache=False).last_hidden_state[0][pack["positions"]]  # [N, H]
-        weight, bias = self.parts[1].weight, getattr(self.parts[1], "bias", None)
+        outputs = self.model.base_model(**inputs, use_cache=False)
+        hidden = outputs.last_hidden_state[0, pack["positions"]]  # [N, H]
+        head = self.model.get_output_embeddings()
         budget = 2**26  # bytes of a chunk's logits
-        if weight.is_cuda:
-            budget = torch.cuda.get_device_properties(weight.device).total_memory // 128
-        rows = max(16, budget // (4 * weight.shape[0]))
+        if hidden.is_cuda:
+            budget = torch.cuda.get_device_properties(hidden.device).total_memory // 128
+        rows = max(16, budget // (4 * head.weight.shape[0]))
         # A chunk's logits are computed again in the backward pass: nothing of size N x V is ever kept.
         chunks = zip(hidden.split(rows), pack["targets"].split(rows))
-        parts = [checkpoint(self.chunk_logps, weight, bias, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(self.chunk_logps, head, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts)
 
 
@@ -718,11 +707,11 @@ def start_engine(args, total_steps, wrapper):
     """The model to train, wrapped in LogProbs or a class like it, under DeepSpeed: engine(pack)."""
     config = deepspeed_config(args.pretrain, args)
     torch.manual_seed(args.seed)
-    model = load_model(args.pretrain, args, config)
+    model = wrapper(load_model(args.pretrain, args, config))
     if args.lora_rank:
-        add_lora(model, args)
+        add_lora(model.model, args)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]  # ds_shape: under ZeRO-3
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]  # none with LoRA
@@ -734,7 +723,6 @@ def start_engine(args, total_steps, wrapper):
     kind = args.lr_scheduler.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(kind, optimizer, warmup, total_steps + 1, min_lr)
     scheduler.step()  # else the learning rate of step 1 of the warm-up would be 0
-    model = wrapper(model)
     return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
@@ -933,8 +921,7 @@ def report(step, total_steps, metrics, args):
         import wandb
 
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        run = wandb.run or wandb.init()
-        run.log(metrics, step=step)
+        (wandb.run or wandb.init()).log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "minutes_left": "min left"}

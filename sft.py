@@ -19,6 +19,7 @@ Commands:
     python sft.py --pretrain runs/toy/toy/policy_init --dataset runs/toy/toy/sft.jsonl --no-bf16 --max_len 160
 """
 
+import datetime
 import hashlib
 import itertools
 import json
@@ -180,6 +181,7 @@ def open_rows(name, split, cache_dir=None):
 def load_tokenizer(path, args):
     """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
+        transformers.AutoConfig.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as e:
         die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
@@ -472,9 +474,10 @@ def sft_step(engine, examples, args, train=True):
     engine.train(train)
     total_loss = torch.zeros((), device=engine.device)
     for i, (members, weight) in enumerate(passes):
+        pack = pack_rows([examples[j] for j in members], engine.device)
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
-            per_token_logps = engine(pack_rows([examples[j] for j in members], engine.device))
+            per_token_logps = engine(pack)
             loss = weight * -per_token_logps.sum() / n_tokens
         if train:
             engine.backward(loss * dist.get_world_size())  # DeepSpeed takes the mean over ranks
@@ -521,7 +524,7 @@ def connect(args):
         if args.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
             die(f"{torch.cuda.get_device_name()} has no bf16: use --no-bf16")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for nothing
-    deepspeed.init_distributed(verbose=False, timeout=4 * dist.constants.default_pg_timeout)  # 2 hours
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), deepspeed.get_accelerator().current_device_name()
 
 
@@ -617,7 +620,8 @@ def check_attention(engine, args):
     leak = (found - again).abs().mean().item()
     # In bf16 rounding alone makes up to 0.2 in a deep model.
     if not worst < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:
-        die(f"{type(model).__name__} is not supported: log-probs {worst:.2g} nats off, {leak:.2g} by others")
+        cause = f"log-probs are off by {worst:.2g} nats per token, by {leak:.2g} from other sequences"
+        die(f"{type(model).__name__} is not supported: {cause}")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
