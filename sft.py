@@ -318,7 +318,7 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     if 0 in sizes:
         die(f"dataset {names[sizes.index(0)]!r} has no rows")
     shares = sizes
-    if probs:
+    if probs and len(names) > 1:
         shares = [round(float(prob) * sum(sizes)) for prob in probs.split(",")]
     if len(shares) != len(names):
         die(f"--dataset_probs {probs}: not a number for each of {len(names)} datasets")

@@ -241,7 +241,7 @@ def run_topk(folder, args):
             paths = {
                 "pretrain": "student_trained",
                 "teacher_model": "teacher_trained",
-                "teacher_cache": "cache",
+                "cache_dir": "cache",
             }
             paths = {key: str(folder / path) for key, path in paths.items()}
             out = folder / f"{kind}-{k}"
