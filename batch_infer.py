@@ -103,6 +103,8 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
+        if self.temperature <= 0 and self.best_of_n > 1:
+            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
         if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
@@ -169,7 +171,7 @@ def open_rows(name, split, cache_dir=None):
             return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}")
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e!r}"[:400])
 
 
 def choose_columns(row, args):
@@ -564,7 +566,8 @@ def score(batches, tokenizer, args, device):
     options = {"config": config, "key_mapping": {rf"^{prefix}\.": "score."}}
     model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
     head = model.score.float()
-    mean, std = getattr(config, "mean", None) or 0.0, getattr(config, "std", None) or 1.0
+    mean = getattr(config, "mean", None) or 0.0
+    std = getattr(config, "std", None) or 1.0
     for batch in batches:
         last = torch.stack([states[-1] for states in hidden_states(model.base_model, batch, device)])
         rewards = (head(last.float())[:, 0] - mean) / std

@@ -111,7 +111,7 @@ class Args:
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        counts = ("train_batch_size", "max_len", "max_epochs", "max_steps", "max_ckpt_num")
+        counts = ("train_batch_size", "max_len", "max_epochs", "max_steps", "max_ckpt_num", "num_proc")
         if min(getattr(self, name) for name in counts) < 1:
             die(f"--{', --'.join(counts)} must be 1 or more")
         self.save_path = os.path.realpath(self.save_path)  # of a link, the folder that it names
@@ -140,6 +140,7 @@ FEATURES = Features(  # the columns of an encoded row
     where=Value("string"),  # file:row
     reason=Value("string"),  # why the row cannot be used, or null
 )
+HARMLESS = ("blank line",)  # reasons that --max_drop_ratio does not count
 
 
 # --- rows and tokens
@@ -175,7 +176,7 @@ def open_rows(name, split, cache_dir=None):
             return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}")
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e!r}"[:400])
 
 
 def load_tokenizer(path, args):
@@ -280,11 +281,10 @@ def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
-            row = rows[i]
-            if row == "":  # a blank line
-                continue
-            where = {"where": f"{name}:{i + 1}"}
+            row, where = rows[i], {"where": f"{name}:{i + 1}"}
             try:
+                if row == "":
+                    raise ValueError("blank line")
                 row = json.loads(row) if isinstance(row, str) else row
                 for example in encode_row(row, tokenizer, args):
                     ids = example["input_ids"]
@@ -341,21 +341,22 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
         num_proc=args.num_proc if sum(shares) >= 2000 else 1,  # fewer rows do not pay for a process
         fingerprint=datasets.fingerprint.Hasher.hash(decides),
     )
-    return keep_usable(table, sum(shares), args)
+    return keep_usable(table, ", ".join(names), sum(shares), args)
 
 
-def keep_usable(table, n, args):
-    """The examples of a table made of n rows, without the rows that cannot be used, which are told."""
+def keep_usable(table, names, n, args):
+    """The examples of a table of n rows of these datasets; rows that cannot be used are told and left out."""
     usable = table.data["reason"].is_null().to_numpy()
     dropped = table.select(np.flatnonzero(~usable)).to_pandas()
     for reason, where in dropped.groupby("reason")["where"]:
         note(f"dropped {len(where):,} of {n:,} rows: {reason}; the first: {where.iloc[0]}")
-    if len(dropped) > args.max_drop_ratio * n or not usable.any():
+    n_faulty = (~dropped["reason"].isin(HARMLESS)).sum()
+    if n_faulty > args.max_drop_ratio * n or not usable.any():
         why = f"{dropped['where'][0]}: {dropped['reason'][0]}"
         die(f"{len(dropped):,} of {n:,} rows cannot be used (--max_drop_ratio {args.max_drop_ratio}); {why}")
     table = table.select(np.flatnonzero(usable)).with_format("numpy")
     n_tokens, n_trained = table["length"][:].sum(), table["n_trained"][:].sum()
-    note(f"data   {n:,} rows, {len(table):,} examples, {n_tokens:,} tokens, {n_trained:,} of them trained")
+    note(f"data   {names}: {n:,} rows, {len(table):,} examples, {n_tokens:,} tokens, {n_trained:,} trained")
     return table
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-MAX_LINES = {"sft.py": 900, "kd.py": 1055, "dpo.py": 1090, "kto.py": 1050, "batch_infer.py": 906}
+MAX_LINES = {"sft.py": 850, "kd.py": 980, "dpo.py": 1015, "kto.py": 990, "batch_infer.py": 905}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
-MAX_TEST_LINES = 3650  # of tests/*.py together
+MAX_TEST_LINES = 3640  # of tests/*.py together
 MAX_NODES = 13  # per line of code: less, not denser
 OWN = ("Args", "main")  # each script has its own of these
 SCRIPTS = {name: (REPO / name).read_text() for name in MAX_LINES}
@@ -175,9 +175,6 @@ def test_examples_documents_and_tests_are_short():
 
 
 def test_what_may_change_when_a_run_is_resumed():
-    """Every other flag, a copier's new ones too, belongs to a run's identity."""
-    free = """save_path save_steps ckpt_path max_ckpt_num logging_steps use_wandb eval_dataset eval_split eval_steps cache_dir
-        num_proc max_drop_ratio ref_offload teacher_offload flash_attn load_checkpoint local_rank"""
-    for name in ("sft.py", "dpo.py", "kto.py", "kd.py"):
-        words = re.search(r'FREE_FLAGS = """(.*?)"""', SCRIPTS[name], re.S)[1]
-        assert words.split() == free.split(), name
+    """The same in all trainers; every other flag, a copier's new ones too, belongs to a run's identity."""
+    trainers = [text for name, text in SCRIPTS.items() if name != "batch_infer.py"]
+    assert len({re.search(r'FREE_FLAGS = """(.*?)"""', text, re.S)[1] for text in trainers}) == 1

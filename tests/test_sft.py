@@ -439,19 +439,19 @@ def test_number_of_processes_has_no_effect(examples_of, tmp_path):
 
 
 def test_reasons_are_counted(examples_of, tmp_path, capsys):
-    """Up to --max_drop_ratio of the rows may be unusable; a blank line is none."""
+    """Up to --max_drop_ratio of the rows may be unusable."""
     rows = [*make_rows(46), QA | {"input": "red " * 200}, QA | {"output": ""}, QA | {"output": " "}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with open(path, "a") as file:
-        file.write('\n{"input": "the writer was killed he')
+        file.write('{"input": "the writer was killed he')
     assert len(examples_of(path, max_drop_ratio=0.1)) == 46
     said = capsys.readouterr().out
-    assert f"dropped 2 of 51 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48" in said
-    assert f"dropped 1 of 51 rows: nothing to train within max_len; the first: {path}:47" in said
-    assert f"the first: {path}:51" in said and "data   51 rows, 46 examples" in said and said.count("\n") == 4
+    assert f"dropped 2 of 50 rows: no assistant turn after a prompt, or an empty response; the first: {path}:48" in said
+    assert f"dropped 1 of 50 rows: nothing to train within max_len; the first: {path}:47" in said
+    assert f"the first: {path}:50" in said and f"data   {path}: 50 rows, 46 examples" in said and said.count("\n") == 4
     with pytest.raises(SystemExit, match="2"):
         examples_of(path, max_drop_ratio=0.05)
-    assert "4 of 51 rows cannot be used (--max_drop_ratio 0.05)" in capsys.readouterr().err
+    assert "4 of 50 rows cannot be used (--max_drop_ratio 0.05)" in capsys.readouterr().err
 
 
 # --- saving
@@ -659,6 +659,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     # --- files
     "missing file": ({"dataset": "none.jsonl"}, GOOD, ["none.jsonl", "Unable to find"]),
     "empty file": ({}, "", ["rows.jsonl", "has no rows"]),
+    "blank lines": ({}, "\n\n", ["2 of 2 rows cannot be used.*rows.jsonl:1: blank line"]),
     "broken line": ({}, GOOD + '{"input": oops}\n', [r"rows\.jsonl:2", "column 11"]),
     # --- columns and values
     "missing column": ({"input_key": "prompt"}, GOOD, ["--input_key.* columns input, output, not .*'prompt'"]),
@@ -680,7 +681,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "this folder": ({"save_path": "."}, GOOD, ["--save_path /", "a folder below"]),
     "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path .*rows.jsonl/out", "Not a directory"]),
     # --- flags
-    "max_steps": ({"max_steps": -1}, GOOD, ["--max_steps, --max_ckpt_num must be 1 or more"]),
+    "max_steps": ({"max_steps": -1}, GOOD, ["--max_ckpt_num, --num_proc must be 1 or more"]),
 }  # fmt: skip
 
 
