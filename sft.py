@@ -331,8 +331,8 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     decides = [names, probs, split, [stamp(name) for name in names], config.vocab_size, code]
     decides += [getattr(rows, "_fingerprint", None) for rows in tables]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    kept = {"pretrain", *FREE_FLAGS}
-    decides += [value for flag, value in vars(args).items() if f"args.{flag}" in code and flag not in kept]
+    ignored = {"pretrain", *FREE_FLAGS}
+    decides += [value for flag, value in vars(args).items() if f"args.{flag}" in code and flag not in ignored]
     table = datasets.Dataset.from_generator(
         lambda spans: encode_rows(spans, encode_row, tokenizer, config.vocab_size, args),
         features=FEATURES,
