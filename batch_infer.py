@@ -119,7 +119,8 @@ class Args:
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if "{}" not in self.input_template:
-            die(f"--input_template {self.input_template!r} has no {{}} where the prompt would stand")
+            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
+            self.input_template = "{}"
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.

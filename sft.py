@@ -122,7 +122,8 @@ class Args:
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         if self.input_template and "{}" not in self.input_template:
-            die(f"--input_template {self.input_template!r} has no {{}} where the prompt would stand")
+            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
+            self.input_template = None
         if self.use_wandb and not transformers.integrations.is_wandb_available():
             note("notice wandb is not installed: metrics are in metrics.jsonl only")
             self.use_wandb = None
