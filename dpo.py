@@ -273,7 +273,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
         answered = render(i + 1)
         if not text.startswith(before) or not text.startswith(answered):
-            raise ValueError("the chat template rewrites earlier turns")  # many drop their thoughts
+            raise ValueError("the chat template rewrites earlier turns")  # thoughts, in reasoning models
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
     cut = finish_reason not in (None, "stop")
     closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
@@ -328,7 +328,8 @@ def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
-            row, where = rows[i], {"where": f"{name}:{i + 1}"}
+            row = rows[i]
+            where = {"where": f"{name}:{i + 1}"}
             try:
                 if row == "":
                     raise ValueError("blank line")
@@ -922,7 +923,8 @@ def report(step, total_steps, metrics, args):
         import wandb
 
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        (wandb.run or wandb.init()).log(metrics, step=step)
+        run = wandb.run or wandb.init()
+        run.log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "minutes_left": "min left"}

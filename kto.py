@@ -253,7 +253,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
         answered = render(i + 1)
         if not text.startswith(before) or not text.startswith(answered):
-            raise ValueError("the chat template rewrites earlier turns")  # many drop their thoughts
+            raise ValueError("the chat template rewrites earlier turns")  # thoughts, in reasoning models
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
     cut = finish_reason not in (None, "stop")
     closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
@@ -311,7 +311,8 @@ def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
-            row, where = rows[i], {"where": f"{name}:{i + 1}"}
+            row = rows[i]
+            where = {"where": f"{name}:{i + 1}"}
             try:
                 if row == "":
                     raise ValueError("blank line")
@@ -433,7 +434,8 @@ def pack_rows(examples, device):
 
 def attend(query, key, value, scaling, window, softcap):
     """Causal attention of one example: query [1, heads, n, dim], key and value [1, kv_heads, n, dim]."""
-    n, mask = query.shape[2], None
+    n = query.shape[2]
+    mask = None
     if window or softcap:
         mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()
         mask = mask.triu(1 - (window or n))  # so many positions are seen, the own one included
@@ -453,7 +455,8 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
     unknown = [name for name, given in options.items() if given is not None and name not in harmless]
     if unknown or attention_mask is not None:
         die(f"{type(module).__name__} is not supported: its attention needs {unknown or 'a mask'}")
-    lengths, bounds, size = segments["lengths"], segments["bounds"], query.shape[3]
+    lengths, bounds = segments["lengths"], segments["bounds"]
+    size = query.shape[3]
     if query.is_cuda and query.dtype != torch.float32 and not softcap and size <= 256 and size % 8 == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
@@ -572,7 +575,8 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     metrics = {"loss": found[:, 0].mean(), "kl": z0.item()}
     for kind, group in (("chosen", desirable), ("rejected", ~desirable)):
         if group.any():  # else there is no mean
-            _, metrics[f"rewards/{kind}"], metrics[f"logps/{kind}"] = found[group].mean(0)
+            metrics[f"rewards/{kind}"] = found[group, 1].mean()
+            metrics[f"logps/{kind}"] = found[group, 2].mean()
     if 0 < desirable.sum() < n:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
@@ -889,7 +893,8 @@ def report(step, total_steps, metrics, args):
         import wandb
 
         os.environ.setdefault("WANDB_API_KEY", args.use_wandb)
-        (wandb.run or wandb.init()).log(metrics, step=step)
+        run = wandb.run or wandb.init()
+        run.log(metrics, step=step)
     labels = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "kl": "kl"}
     labels |= {f"eval/{name}": f"eval {label}" for name, label in labels.items()}
     labels |= {"grad_norm": "grad", "lr": "lr", "tokens_per_sec": "tok/s", "minutes_left": "min left"}
