@@ -242,7 +242,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")  # thoughts, in reasoning models
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
-    cut = finish_reason not in (None, "stop")
+    cut = finish_reason not in (None, "stop")  # a response that was cut gets no EOS
     closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
     if closed and cut:  # by the template, not by the sampler
         ids, trained = ids[:-1], trained[:-1]
