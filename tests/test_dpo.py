@@ -156,16 +156,17 @@ def test_tree_equals_separate_forwards(family, tmp_path):
         assert error.abs().max() <= 1e-4 * max(1, parameter.grad.abs().max()), name
 
 
+@pytest.mark.parametrize("script, check", [(dpo, "check_tree"), (sft, "check_attention")], ids=["dpo", "sft"])
 @pytest.mark.parametrize("family", ["Bloom", "Llama"])
-def test_the_check_at_the_start(family, tmp_path, monkeypatch, capsys):
+def test_the_check_at_the_start(family, script, check, tmp_path, monkeypatch, capsys):
     """It finds sequences that see each other (Bloom's, by ALiBi), and a head that is not the model's."""
     monkeypatch.setitem(FAMILIES, family, {})
-    args = dpo.Args(pretrain=save_family(family, tmp_path / "model"), dataset="", bf16=family == "Bloom")
-    register_attention(dpo)
-    model = dpo.LogProbs(dpo.load_model(args.pretrain, args))
+    args = script.Args(pretrain=save_family(family, tmp_path / "model"), dataset="", bf16=family == "Bloom")
+    register_attention(script)
+    model = script.LogProbs(script.load_model(args.pretrain, args))
     model.device, model.scale = "cpu", 1.0 if family == "Bloom" else 40.0
     with pytest.raises(SystemExit):
-        dpo.check_tree(model, args)
+        getattr(script, check)(model, args)
     leak = re.search(rf"{family}ForCausalLM is not supported: .* by (\S+) from other", capsys.readouterr().err)[1]
     assert (float(leak) > 1e-3) == (family == "Bloom")
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import launch, make_model, make_tokenizer, metrics_of, train
+from conftest import SETTINGS, launch, make_model, make_rows, make_tokenizer, metrics_of, train, write_rows
 from launch import load_script
 from transformers import AutoModelForCausalLM
 
@@ -50,6 +50,22 @@ def test_teacher_equal_to_student_gives_zero(tiny, rows_file, tmp_path):
         flags = {"teacher_model": tiny, "kd_coef": 1.0, "kd_loss": kind, "max_steps": 1}
         found = run(pretrain=tiny, dataset=rows_file, save_path=str(tmp_path / kind), **flags)
         assert abs(found["loss"][0]) < 1e-6 and found["grad_norm"][0] < 1e-6
+
+
+def test_first_step_equals_plain_forwards(tiny, teacher, tokenizer, tmp_path):
+    """kd_loss: T^2 KL(q || p) over the tokenizer's vocabulary, its mean over the trained tokens."""
+    rows, losses = make_rows(4), []
+    paths = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "save_path": str(tmp_path / "out")}
+    found = run(pretrain=tiny, teacher_model=teacher, kd_temperature=2.0, kd_loss="reverse_kl", max_steps=1, **paths)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (teacher, tiny)]
+    for row in rows:
+        n = len(tokenizer(row["input"]).input_ids)
+        ids = tokenizer(row["input"] + row["output"]).input_ids + [tokenizer.eos_token_id]
+        ids = torch.tensor([ids[: SETTINGS["max_len"]]])
+        logits = [model(ids).logits[0, n - 1 : -1, : len(tokenizer)] for model in models]
+        log_p, log_q = ((x / 2).log_softmax(1) for x in logits)
+        losses.append(4 * (log_q.exp() * (log_q - log_p)).sum(1))
+    assert found["kd_loss"][0] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_kd_coef_zero_is_sft(tiny, teacher, rows_file, tmp_path):
