@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SETTINGS, launch, make_model, make_rows, make_tokenizer, metrics_of, train, write_rows
 from launch import load_script
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 kd, sft = load_script("kd"), load_script("sft")
 run = functools.partial(train, kd)
@@ -52,9 +52,9 @@ def test_teacher_equal_to_student_gives_zero(tiny, rows_file, tmp_path):
         assert abs(found["loss"][0]) < 1e-6 and found["grad_norm"][0] < 1e-6
 
 
-def test_first_step_equals_plain_forwards(tiny, teacher, tokenizer, tmp_path):
+def test_first_step_equals_plain_forwards(tiny, teacher, tmp_path):
     """kd_loss: T^2 KL(q || p) over the tokenizer's vocabulary, its mean over the trained tokens."""
-    rows, losses = make_rows(4), []
+    rows, losses, tokenizer = make_rows(4), [], AutoTokenizer.from_pretrained(tiny)  # as Qwen2's it has one more
     paths = {"dataset": write_rows(tmp_path / "rows.jsonl", rows), "save_path": str(tmp_path / "out")}
     found = run(pretrain=tiny, teacher_model=teacher, kd_temperature=2.0, kd_loss="reverse_kl", max_steps=1, **paths)
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (teacher, tiny)]
