@@ -543,6 +543,34 @@ def pair_logps(engine, examples):
     return torch.stack([part.sum() for part in per_token_logps.split(sizes)]).view(-1, 2)
 
 
+def reference_logps(table, args, device):
+    """As pair_logps, of all pairs of a table under the reference: computed once, kept in --cache_dir."""
+    if "reference" not in LOSSES[args.loss_type]:
+        return np.zeros((len(table), 2))
+    path = args.ref_pretrain or args.pretrain
+    code = Path(__file__).read_text().partition("\nLOSSES = ")[0]  # what computes log-probs
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16]
+    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
+    found = [file.exists()]
+    dist.broadcast_object_list(found)
+    if not found[0]:
+        engine = start_frozen(path, args, device, args.ref_offload, LogProbs)
+        check_tree(engine, args)
+        logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a pair
+        passes = split_step(table["length"][:], args, n_responses=2)
+        for members, weight in datasets.utils.tqdm(passes, "reference", disable=dist.get_rank() > 0):
+            logps[to_device(members, device)] += weight * pair_logps(engine, table.__getitems__(members))
+        dist.all_reduce(logps)  # those of other ranks are 0
+        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
+        if dist.get_rank() == 0:
+            partial = f"{file}.{os.urandom(4).hex()}.npy"  # another run may write the same
+            np.save(partial, logps.cpu().numpy())
+            os.replace(partial, file)
+        dist.barrier()
+    return np.load(file, mmap_mode="r")
+
+
 LOSSES = {  # what a loss takes; a new one is a line here and its formula in pair_loss
     "sigmoid": ("reference", "smoothing"),
     "robust": ("reference", "smoothing"),
@@ -553,10 +581,7 @@ LOSSES = {  # what a loss takes; a new one is a line here and its formula in pai
 
 
 def pair_loss(chosen, rejected, args):
-    """Loss [B]; the formulas and their sources stand at the top of this file.
-
-    chosen, rejected [B], nats, sums or means: log pi - log ref, or log pi for a loss without a reference.
-    """
+    """Loss [B]; formulas: top of the file. chosen, rejected [B], nats: log pi - log ref, or just log pi."""
     h = chosen - rejected
     beta, noise = args.beta, args.label_smoothing
     if args.loss_type == "sigmoid":
@@ -569,14 +594,10 @@ def pair_loss(chosen, rejected, args):
         return (h - 1 / (2 * beta)) ** 2
     if args.loss_type == "simpo":
         return -F.logsigmoid(beta * h - args.simpo_gamma)
-    raise NotImplementedError(args.loss_type)
 
 
 def dpo_step(engine, examples, ref_logps, args, train=True):
-    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics.
-
-    ref_logps [B, 2]: what pair_logps gives under the reference.
-    """
+    """Forward and backward of one optimiser step; its metrics. ref_logps [B, 2]: of the reference."""
     sizes = np.array([example["sizes"] for example in examples])  # [B, 2]
     n_chosen = sizes[:, 0].sum()  # tokens of the whole step, over all ranks
     passes = split_step([example["length"] for example in examples], args, n_responses=2)
@@ -587,9 +608,8 @@ def dpo_step(engine, examples, ref_logps, args, train=True):
         with torch.set_grad_enabled(train):
             logps = pair_logps(engine, [examples[j] for j in members])
             values = logps - to_device(ref_logps[members], engine.device)
-            lengths = to_device(sizes[members], engine.device)
             if args.length_normalized:
-                values = values / lengths
+                values = values / to_device(sizes[members], engine.device)
             chosen, rejected = values.unbind(1)
             nll = -logps[:, 0].sum() / n_chosen
             loss = pair_loss(chosen, rejected, args).sum() / len(examples) + args.nll_loss_coef * nll
@@ -603,13 +623,12 @@ def dpo_step(engine, examples, ref_logps, args, train=True):
             "rewards/accuracies": (chosen > rejected) + 0.5 * (chosen == rejected),
             "logps/chosen": logps[:, 0],
             "logps/rejected": logps[:, 1],
-            "length/chosen": lengths[:, 0],
-            "length/rejected": lengths[:, 1],
         }
         shares = [loss, nll, *(value.sum() / len(examples) for value in means.values())]
         totals = totals + weight * torch.stack(shares).detach()
     dist.all_reduce(totals)
-    return dict(zip(["loss", "nll", *means], totals.tolist()))
+    metrics = dict(zip(["loss", "nll", *means], totals.tolist()))
+    return metrics | {"length/chosen": sizes[:, 0].mean(), "length/rejected": sizes[:, 1].mean()}
 
 
 # --- model and engine
@@ -758,36 +777,8 @@ def start_frozen(path, args, device, offload, wrapper):
     model = wrapper(load_model(path, args, config)).requires_grad_(False).eval()
     if args.zero_stage == 3:
         return deepspeed.initialize(model=model, config=config)[0]
-    model.device = torch.device(device)  # as DeepSpeed's engines have it
+    model.device = device  # as DeepSpeed's engines have it
     return model.to(device)
-
-
-def reference_logps(table, args, device):
-    """As pair_logps, of all pairs of a table under the reference: computed once, kept in --cache_dir."""
-    if "reference" not in LOSSES[args.loss_type]:
-        return np.zeros((len(table), 2))
-    path = args.ref_pretrain or args.pretrain
-    code = Path(__file__).read_text().partition("\nLOSSES = ")[0]  # what computes log-probs
-    decides = [table._fingerprint, code, path, stamp(path), args.bf16]
-    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
-    found = [file.exists()]
-    dist.broadcast_object_list(found)
-    if not found[0]:
-        engine = start_frozen(path, args, device, args.ref_offload, LogProbs)
-        check_tree(engine, args)
-        logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a pair
-        passes = split_step(table["length"][:], args, n_responses=2)
-        for members, weight in datasets.utils.tqdm(passes, "reference", disable=dist.get_rank() > 0):
-            logps[to_device(members, device)] += weight * pair_logps(engine, table.__getitems__(members))
-        dist.all_reduce(logps)  # those of other ranks are 0
-        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
-        if dist.get_rank() == 0:
-            partial = f"{file}.{os.urandom(4).hex()}.npy"  # another run may write the same
-            np.save(partial, logps.cpu().numpy())
-            os.replace(partial, file)
-        dist.barrier()
-    return np.load(file, mmap_mode="r")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it

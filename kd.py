@@ -24,7 +24,6 @@ Commands:
 
 import datetime
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -123,8 +122,6 @@ class Args:
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        if not 0 <= self.kd_coef <= 1 or self.kd_temperature <= 0 or self.teacher_topk < 0:
-            die("--kd_coef must be 0 to 1, --kd_temperature above 0, --teacher_topk 0 or more")
         counts = ("train_batch_size", "max_len", "max_epochs", "max_steps", "max_ckpt_num", "num_proc")
         if min(getattr(self, name) for name in counts) < 1:
             die(f"--{', --'.join(counts)} must be 1 or more")
@@ -502,20 +499,57 @@ def log_probs(logits, args, ids=None):
     return logits.log_softmax(1)
 
 
+def teacher_topk(table, args, device):
+    """Of each example [n_trained, 2k + 1]: k log-probs, that of all other tokens, k ids; in --cache_dir."""
+
+    def of_chunk(teacher, hidden, targets):
+        logits = teacher.logits(hidden)
+        ids = logits[:, : args.vocab_size].topk(args.teacher_topk, 1).indices
+        return torch.cat([log_probs(logits, args, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
+
+    path = args.teacher_model
+    width = 2 * args.teacher_topk + 1
+    code = Path(__file__).read_text().partition("\ndef divergence")[0]  # what computes them
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
+    file = Path(args.cache_dir, f"topk-{datasets.fingerprint.Hasher.hash(decides)}")
+    found = [file.exists()]
+    dist.broadcast_object_list(found)
+    if not found[0]:
+        engine = start_frozen(path, args, device, args.teacher_offload, InChunks)
+        check_attention(engine, args)
+        partial = f"{file}.{os.urandom(4).hex()}"  # another run may write the same
+        blocks = np.array_split(np.arange(len(table)), math.ceil(len(table) / args.train_batch_size))
+        for block in datasets.utils.tqdm(blocks, "teacher", disable=dist.get_rank() > 0):
+            batch = table.__getitems__(block)
+            rows = [torch.zeros(example["n_trained"], width, device=device) for example in batch]
+            for members, weight in split_step([example["length"] for example in batch], args):
+                values = engine(pack_rows([batch[j] for j in members], device), of_chunk)
+                for j, part in zip(members, values.split([len(rows[j]) for j in members])):
+                    rows[j] += weight * part
+            rows = torch.cat(rows)
+            dist.all_reduce(rows)  # those of other ranks are 0
+            if dist.get_rank() == 0:
+                with open(partial, "ab") as output:
+                    rows.cpu().numpy().tofile(output)
+        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
+        if dist.get_rank() == 0:
+            os.replace(partial, file)
+        dist.barrier()
+    rows = np.asarray(np.memmap(file, np.float32, "r")).reshape(-1, width)  # on disk until they are read
+    return np.split(rows, np.cumsum(table["n_trained"][:-1]))
+
+
 def divergence(log_p, log_q, kind):
     """[C] in nats, of log-probs [C, V] of teacher (p) and student (q); sources: top of the file."""
-
-    def kl(log_a, log_b):
-        return torch.linalg.vecdot(log_a.exp(), log_a - log_b)
-
-    if kind == "reverse_kl":
-        return kl(log_q, log_p)
     if kind == "jsd":
         middle = torch.logaddexp(log_p, log_q) - math.log(2)
-        return (kl(log_p, middle) + kl(log_q, middle)) / 2
+        return (divergence(log_p, middle, "forward_kl") + divergence(log_q, middle, "forward_kl")) / 2
+    if kind == "reverse_kl":
+        log_p, log_q = log_q, log_p
     if kind == "skew":
         log_q = torch.logaddexp(log_p + math.log(0.1), log_q + math.log(0.9))
-    return kl(log_p, log_q)
+    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
 
 
 def kd_step(engine, teacher, rows, examples, args, train=True):
@@ -700,50 +734,8 @@ def start_frozen(path, args, device, offload, wrapper):
     model = wrapper(load_model(path, args, config)).requires_grad_(False).eval()
     if args.zero_stage == 3:
         return deepspeed.initialize(model=model, config=config)[0]
-    model.device = torch.device(device)  # as DeepSpeed's engines have it
+    model.device = device  # as DeepSpeed's engines have it
     return model.to(device)
-
-
-def teacher_topk(table, args, device):
-    """Of each example [n_trained, 2k + 1]: k log-probs, that of all other tokens, k ids; in --cache_dir."""
-
-    def of_chunk(teacher, hidden, targets):
-        logits = teacher.logits(hidden)
-        ids = logits[:, : args.vocab_size].topk(args.teacher_topk, 1).indices
-        return torch.cat([log_probs(logits, args, ids), ids.float()], 1)  # fp32 is exact for ids below 2^24
-
-    path = args.teacher_model
-    width = 2 * args.teacher_topk + 1
-    code = Path(__file__).read_text().partition("\ndef divergence")[0]  # with this function all that decides
-    code += inspect.getsource(teacher_topk)
-    decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
-    file = Path(args.cache_dir, f"topk-{datasets.fingerprint.Hasher.hash(decides)}")
-    found = [file.exists()]
-    dist.broadcast_object_list(found)
-    if not found[0]:
-        engine = start_frozen(path, args, device, args.teacher_offload, InChunks)
-        check_attention(engine, args)
-        partial = f"{file}.{os.urandom(4).hex()}"  # another run may write the same
-        blocks = np.array_split(np.arange(len(table)), math.ceil(len(table) / args.train_batch_size))
-        for block in datasets.utils.tqdm(blocks, "teacher", disable=dist.get_rank() > 0):
-            batch = table.__getitems__(block)
-            owner = np.repeat(np.arange(len(batch)), [example["n_trained"] for example in batch])
-            rows = torch.zeros(len(owner), width, device=device)
-            for members, weight in split_step([example["length"] for example in batch], args):
-                values = engine(pack_rows([batch[j] for j in members], device), of_chunk)
-                places = np.concatenate([np.flatnonzero(owner == j) for j in members])
-                rows[to_device(places, device)] += weight * values
-            dist.all_reduce(rows)  # those of other ranks are 0
-            if dist.get_rank() == 0:
-                with open(partial, "ab") as output:
-                    rows.cpu().numpy().tofile(output)
-        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
-        if dist.get_rank() == 0:
-            os.replace(partial, file)
-        dist.barrier()
-    rows = np.asarray(np.memmap(file, np.float32, "r")).reshape(-1, width)  # on disk until they are read
-    return np.split(rows, np.cumsum(table["n_trained"][:-1]))
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it

@@ -4,8 +4,7 @@ With r(y) = sum_t log pi(y_t) - log ref(y_t), the loss is the mean over the rows
     desirable    w_D (1 - sigmoid(beta (r(y) - z0)))    Eq. 7 of arXiv:2402.01306; w_D, w_U: its lambdas
     undesirable  w_U (1 - sigmoid(beta (z0 - r(y))))
     z0 = max(0, mean over the rows of r(y'))            y': the response of another row; no gradient
---apo_zero_unpaired: w_D (1 - sigmoid(beta r)) and w_U sigmoid(beta r), without z0: Eq. 5 of arXiv:2408.06266.
-Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3: the class counts and this ratio are printed.
+Eq. 8 wants w_D n_D / (w_U n_U) between 1 and 4/3; how many rows are desirable is printed.
 
 Deviations from the usual trainer, beside those of sft.py (exact under any split of a step, no padding):
  1. z0 is one number per optimiser step, over its whole batch on all ranks. It costs a forward pass.
@@ -86,7 +85,6 @@ class Args:
     beta: float = 0.1  # how closely the policy keeps to the reference
     desirable_loss_weight: float = 1.0  # weight of desirable rows (lambda_D)
     undesirable_loss_weight: float = 1.0  # weight of undesirable rows (lambda_U)
-    apo_zero_unpaired: bool = False  # APO-zero for unpaired rows in place of KTO: no z0
     ref_pretrain: str | None = None  # the reference model; default: the start policy (--pretrain)
     ref_offload: bool = False  # with --zero_stage 3: keep the reference's weights in CPU memory
 
@@ -120,8 +118,6 @@ class Args:
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        if min(self.beta, self.desirable_loss_weight, self.undesirable_loss_weight) <= 0:
-            die("--beta, --desirable_loss_weight and --undesirable_loss_weight must be above 0")
         counts = ("train_batch_size", "max_len", "max_epochs", "max_steps", "max_ckpt_num", "num_proc")
         if min(getattr(self, name) for name in counts) < 1:
             die(f"--{', --'.join(counts)} must be 1 or more")
@@ -299,12 +295,10 @@ def encode_labelled(row, tokenizer, args):
         if label not in ("true", "1", "false", "0"):
             raise ValueError("its label is none of true, 1, false, 0 (--label_key)")
         sides = {response_key: label in ("true", "1")}
-    examples = []
     for key, desirable in sides.items():
         ids, trained = encode_response(row, args.input_key, key, tokenizer, args)
         hashed = zlib.crc32(ids[~trained].tobytes())
-        examples.append({"input_ids": ids, "trained": trained, "desirable": desirable, "prompt_hash": hashed})
-    return examples
+        yield {"input_ids": ids, "trained": trained, "desirable": desirable, "prompt_hash": hashed}
 
 
 def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
@@ -520,10 +514,8 @@ def choose_partners(prompts, seed):
 
 
 def fetch_rows(table, indices, partners, args):
-    """(examples of the rows, examples of their prompts with the partners' responses; [] for APO-zero)."""
+    """(examples of the rows, examples of their prompts with the partners' responses)."""
     examples = table.__getitems__(indices)
-    if args.apo_zero_unpaired:
-        return examples, []
     mismatched = []
     for example, partner in zip(examples, table.__getitems__(partners[indices])):
         prompt = example["input_ids"][~example["trained"]]
@@ -533,32 +525,56 @@ def fetch_rows(table, indices, partners, args):
     return examples, mismatched
 
 
+def reference_rows(table, args, device):
+    """(partners [N], log-probs [N, 2] of own and partners' responses under the reference: kept on disk)."""
+    partners = choose_partners(table["prompt_hash"][:], args.seed)
+    path = args.ref_pretrain or args.pretrain
+    code = Path(__file__).read_text().partition("\ndef kto_loss")[0]  # what computes log-probs
+    decides = [table._fingerprint, code, path, stamp(path), args.bf16, args.seed]
+    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
+    found = [file.exists()]
+    dist.broadcast_object_list(found)
+    if not found[0]:
+        engine = start_frozen(path, args, device, args.ref_offload, LogProbs)
+        check_attention(engine, args)
+        logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a row
+        passes = split_step(table["length"][:], args)
+        for members, weight in datasets.utils.tqdm(passes, "reference", disable=dist.get_rank() > 0):
+            for column, batch in enumerate(fetch_rows(table, members, partners, args)):
+                logps[to_device(members, device), column] += weight * response_logps(engine, batch)
+        dist.all_reduce(logps)  # those of other ranks are 0
+        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
+            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
+        if dist.get_rank() == 0:
+            partial = f"{file}.{os.urandom(4).hex()}.npy"  # another run may write the same
+            np.save(partial, logps.cpu().numpy())
+            os.replace(partial, file)
+        dist.barrier()
+    return partners, np.load(file, mmap_mode="r")
+
+
 def kto_loss(log_ratios, desirable, kl, args):
-    """Loss [B], as at the file's top. log_ratios [B], nats; desirable [B], bool; kl: z0, 0 for APO-zero."""
+    """Loss [B], as at the file's top. log_ratios [B], nats; desirable [B], bool; kl: z0."""
     gains = torch.where(desirable, log_ratios - kl, kl - log_ratios)
     weights = torch.where(desirable, args.desirable_loss_weight, args.undesirable_loss_weight)
     return weights * (1 - torch.sigmoid(args.beta * gains))
 
 
 def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
-    """Forward and backward of one optimiser step, in as many passes as it takes; returns its metrics.
-
-    mismatched: the examples for z0. ref_logps [B, 2], nats: the reference's, of both.
-    """
-    desirable = np.array([example["desirable"] for example in examples])
-    passes = split_step([example["length"] for example in examples], args)
-    n = len(examples)
+    """Forward and backward of one optimiser step; its metrics. ref_logps [B, 2]: of both kinds of rows."""
     device = engine.device
+    n = len(examples)
+    desirable = np.array([example["desirable"] for example in examples])
     engine.train(train)
+    z0 = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for members, weight in split_step([len(row["input_ids"]) for row in mismatched], args):
+            logps = response_logps(engine, [mismatched[j] for j in members])
+            z0 += weight * (logps - to_device(ref_logps[members, 1], device)).sum()
+    dist.all_reduce(z0)
+    z0 = (z0 / n).clamp(min=0)
     found = torch.zeros(n, 3, dtype=torch.float64, device=device)  # of each row: loss, reward, log pi(y)
-    z0 = found.new_zeros(())
-    if mismatched:
-        with torch.no_grad():
-            for members, weight in split_step([len(row["input_ids"]) for row in mismatched], args):
-                logps = response_logps(engine, [mismatched[j] for j in members])
-                z0 += weight * (logps - to_device(ref_logps[members, 1], device)).sum()
-        dist.all_reduce(z0)
-        z0 = (z0 / n).clamp(min=0)
+    passes = split_step([example["length"] for example in examples], args)
     for i, (members, weight) in enumerate(passes):
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
@@ -571,12 +587,12 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
         values = torch.stack([losses, args.beta * log_ratios, logps], 1).detach()
         found[to_device(members, device)] += weight * values
     dist.all_reduce(found)  # rows of other ranks are 0
-    found = found.cpu().numpy()
-    metrics = {"loss": found[:, 0].mean(), "kl": z0.item()}
+    losses, rewards, logps = found.cpu().numpy().T
+    metrics = {"loss": losses.mean(), "kl": z0.item()}
     for kind, group in (("chosen", desirable), ("rejected", ~desirable)):
         if group.any():  # else there is no mean
-            metrics[f"rewards/{kind}"] = found[group, 1].mean()
-            metrics[f"logps/{kind}"] = found[group, 2].mean()
+            metrics[f"rewards/{kind}"] = rewards[group].mean()
+            metrics[f"logps/{kind}"] = logps[group].mean()
     if 0 < desirable.sum() < n:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
@@ -727,37 +743,8 @@ def start_frozen(path, args, device, offload, wrapper):
     model = wrapper(load_model(path, args, config)).requires_grad_(False).eval()
     if args.zero_stage == 3:
         return deepspeed.initialize(model=model, config=config)[0]
-    model.device = torch.device(device)  # as DeepSpeed's engines have it
+    model.device = device  # as DeepSpeed's engines have it
     return model.to(device)
-
-
-def reference_rows(table, args, device):
-    """(partners [N], log-probs [N, 2] of own and partners' responses under the reference: kept on disk)."""
-    partners = choose_partners(table["prompt_hash"][:], args.seed)
-    path = args.ref_pretrain or args.pretrain
-    code = Path(__file__).read_text().partition("\ndef kto_loss")[0]  # what computes log-probs
-    decides = [table._fingerprint, code, path, stamp(path), args.bf16, args.apo_zero_unpaired, args.seed]
-    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
-    found = [file.exists()]
-    dist.broadcast_object_list(found)
-    if not found[0]:
-        engine = start_frozen(path, args, device, args.ref_offload, LogProbs)
-        check_attention(engine, args)
-        logps = torch.zeros(len(table), 2, dtype=torch.float64, device=device)  # 16 bytes for a row
-        passes = split_step(table["length"][:], args)
-        for members, weight in datasets.utils.tqdm(passes, "reference", disable=dist.get_rank() > 0):
-            for column, batch in enumerate(fetch_rows(table, members, partners, args)):
-                if batch:
-                    logps[to_device(members, device), column] += weight * response_logps(engine, batch)
-        dist.all_reduce(logps)  # those of other ranks are 0
-        for p in engine.parameters():  # DeepSpeed keeps a ZeRO-3 model alive: at least not its weights
-            getattr(p, "ds_tensor", p).data = torch.empty(0, device=device)
-        if dist.get_rank() == 0:
-            partial = f"{file}.{os.urandom(4).hex()}.npy"  # another run may write the same
-            np.save(partial, logps.cpu().numpy())
-            os.replace(partial, file)
-        dist.barrier()
-    return partners, np.load(file, mmap_mode="r")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -929,12 +916,7 @@ def main(args):
 
     # --- algorithm: kto (model)
     transformers.AttentionInterface.register("packed", packed_attention)
-    n_good = examples["desirable"][:].sum()
-    n_bad = len(examples) - n_good
-    if 0 in (n_good, n_bad):
-        die("all rows are desirable, or all are undesirable: KTO needs both")
-    ratio = args.desirable_loss_weight * n_good / (args.undesirable_loss_weight * n_bad)
-    note(f"labels {n_good:,} desirable, {n_bad:,} not: w_D n_D / (w_U n_U) = {ratio:.2f}, best is 1 to 1.33")
+    note(f"labels {examples['desirable'][:].sum():,} of {len(examples):,} rows are desirable")
     references = {table: reference_rows(table, args, device) for table in filter(None, (examples, held_out))}
     engine = start_engine(args, total_steps, LogProbs)
     check_attention(engine, args)

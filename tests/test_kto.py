@@ -106,11 +106,11 @@ def test_labels_are_read_strictly(tiny, tokenizer, tmp_path, capsys):
     args = kto.Args(pretrain="", dataset="")
     found = [kto.encode_labelled({**ROWS[0], "label": label}, tokenizer, args) for label in labels]
     assert [example["desirable"] for (example,) in found] == [True] * 6 + [False] * 6
-    for label, words in {"good": "bad.jsonl:2: its label", 0.9: "its label", 1: "KTO needs both"}.items():
+    for label in ("good", 0.9):
         bad = [ROWS[1], {**ROWS[2], "label": label}]
         with pytest.raises(SystemExit):
             run(pretrain=tiny, dataset=write_rows(tmp_path / "bad.jsonl", bad), save_path=str(tmp_path / "x"))
-        assert words in capsys.readouterr().err
+        assert "bad.jsonl:2: its label" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sampled", "hh-rlhf"])
@@ -135,14 +135,11 @@ def test_a_sampled_row_has_its_prompt_in_input(tokenizer):
 
 def test_equals_trl(tiny, other, tmp_path):
     """TRL takes y' from the row before: it gets our order backwards."""
-    theirs = {"kto": {"desirable_weight": 1.5}, "apo": {"loss_type": "apo_zero_unpaired"}}
-    ours = {"kto": {"desirable_loss_weight": 1.5}, "apo": {"apo_zero_unpaired": True}}
     backwards = [ROWS[i] for i in np.random.default_rng(42).permutation(8)[::-1]]
-    logs = first_steps("KTO", tiny, other, write_rows(tmp_path / "backwards.jsonl", backwards), theirs)
-    data = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
-    paths = {"pretrain": tiny, "ref_pretrain": other, "dataset": data}
-    for name, flags in ours.items():
-        found = run(**paths, **flags, max_len=512, save_path=str(tmp_path / name))
-        for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"):
-            assert found[key] == pytest.approx([logs[name][key]], abs=1e-4, rel=1e-5), (name, key)
-        assert found["kl"] == pytest.approx([logs[name].get("kl", 0)], abs=1e-4)
+    data = write_rows(tmp_path / "backwards.jsonl", backwards)
+    log = first_steps("KTO", tiny, other, data, {"kto": {"desirable_weight": 1.5}})["kto"]
+    paths = {"pretrain": tiny, "ref_pretrain": other, "save_path": str(tmp_path / "out")}
+    paths["dataset"] = write_rows(tmp_path / "rows.jsonl", ROWS[:8])
+    found = run(**paths, desirable_loss_weight=1.5, max_len=512)
+    for key in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "kl"):
+        assert found[key] == pytest.approx([log[key]], abs=1e-4, rel=1e-5), key
