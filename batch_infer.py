@@ -34,7 +34,6 @@ import shutil
 import signal
 import statistics
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -103,14 +102,10 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
-        if self.temperature <= 0 and self.best_of_n > 1:
-            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
         if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
             die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
-        if self.output_key and not self.input_key:
-            die("--output_key needs --input_key")
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
@@ -175,40 +170,22 @@ def open_rows(name, split, cache_dir=None):
         die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e!r}"[:400])
 
 
-def choose_columns(row, args):
-    """(--input_key, --output_key or None), where they are not given by the columns of a row."""
-    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("text", None)]
-    layouts += [(name, None) for name in ("prompt", "instruction", "input", "question", "problem")]
-    if {"input", "output", "finish_reason"} <= set(row):  # of batch_infer.py; it may hold messages too
-        layouts = [("input", "output")]
-    if args.input_key:
-        layouts = [(args.input_key, args.output_key)]
-    for keys in layouts:
-        if set(keys) - {None} <= set(row):
-            return keys
-    die(f"--dataset {args.dataset}: --input_key and --output_key must be among the columns {', '.join(row)}")
-
-
 def load_rows(args):
     """{id: row} of all datasets, with --dataset_probs their shares of as many rows; of --iter its slice."""
     tables = []
-    for name in [name.strip() for name in args.dataset.split(",")]:
+    for name in args.dataset.split(","):
         table = []
         try:
-            for row in itertools.islice(open_rows(name, args.dataset_split), args.max_samples):
+            for row in itertools.islice(open_rows(name.strip(), args.dataset_split), args.max_samples):
                 table.append(json.loads(row.strip() or "null") if isinstance(row, str) else row)
         except ValueError as e:
             die(f"dataset {name!r}: row {len(table) + 1} is no JSON: {e}")
-        if not any(table):
-            die(f"dataset {name!r}: no rows")
         tables.append(table)
     if args.dataset_probs and len(tables) > 1:
-        total = sum(len(table) for table in tables)
+        total = sum(map(len, tables))
         sizes = [round(float(share) * total) for share in args.dataset_probs.split(",")]
-        if len(sizes) != len(tables):
-            die(f"--dataset_probs {args.dataset_probs}: not a number for each of {len(tables)} datasets")
-        tables = [itertools.islice(itertools.cycle(table), size) for table, size in zip(tables, sizes)]
+        pairs = zip(tables, sizes, strict=True)
+        tables = [itertools.islice(itertools.cycle(table), size) for table, size in pairs]
     rows = {i: row for i, row in enumerate(itertools.chain(*tables)) if row}  # a blank line is no row
     if args.iter is None or args.eval_task in ("rm", "logps"):
         return rows
@@ -217,12 +194,23 @@ def load_rows(args):
     return {i: rows[i] for i in wanted}  # each once, also when all of them are fewer
 
 
-def read_prompt(row, args):
-    """The prompt as it stands in the row: text, messages, or a conversation with the response."""
-    prompt = row.get(args.input_key)
-    if args.input_key == "instruction" and row.get("input"):  # Alpaca's rows
+def read_columns(row, args):
+    """(name of the prompt's column, prompt, response) of a row; no response: []."""
+    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
+    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer")]
+    layouts += [(name, None) for name in "text prompt instruction input question problem".split()]
+    if {"input", "output", "finish_reason"} <= set(row):  # of batch_infer.py; it may hold messages too
+        layouts = [("input", "output")]
+    if args.input_key or args.output_key:
+        layouts = [(args.input_key or "input", args.output_key)]
+    fitting = [keys for keys in layouts if {*keys} <= {None, *row}]
+    if not fitting:
+        raise ValueError(f"--input_key and --output_key must be among the columns {', '.join(row)}")
+    prompt_key, response_key = fitting[0]
+    prompt = row[prompt_key]
+    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
         prompt = f"{prompt}\n\n{row['input']}"
-    return prompt
+    return prompt_key, prompt, row.get(response_key, [])
 
 
 def collect(make, rows, tokenizer, config, args):
@@ -233,10 +221,9 @@ def collect(make, rows, tokenizer, config, args):
             items += make(i, row, tokenizer, config, args)
         except Exception as e:  # of many types: a template may raise anything
             reasons[str(e).partition("\n")[0]].append(i)
-    n_dropped = sum(len(ids) for ids in reasons.values())
-    told = f"{len(rows):,} rows, of which {n_dropped:,} cannot be used"
-    for reason, ids in reasons.items():
-        told += f"; {len(ids):,} x {reason} (row {ids[0]})"
+    n_dropped = sum(map(len, reasons.values()))
+    told = f"{args.dataset}: {len(rows):,} rows, of which {n_dropped:,} cannot be used"
+    told += "".join(f"; {len(ids):,} x {reason} (row {ids[0]})" for reason, ids in reasons.items())
     if n_dropped > args.max_drop_ratio * len(rows) or not items:
         die(f"{told} (--max_drop_ratio {args.max_drop_ratio})")
     note(f"data   {told}")
@@ -310,7 +297,7 @@ def render_prompt(prompt, tokenizer, args):
 
 def sampling_items(i, row, tokenizer, config, args):
     """The Items of a prompt: its samples, with rows that lack what will be sampled."""
-    value = read_prompt(row, args)
+    prompt_key, value, _ = read_columns(row, args)
     messages = as_messages(value, "user")
     while messages[-1]["role"] == "assistant":  # of a conversation: the model answers itself
         messages.pop()
@@ -324,44 +311,45 @@ def sampling_items(i, row, tokenizer, config, args):
         text, ids = render_prompt(conditioned(prompt, args.csft_prompt, args), tokenizer, args)
     if not 0 < len(ids) <= args.prompt_max_len:
         raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
-    fields |= {name: row[name] for name in row if name not in (args.input_key, *OUR_COLUMNS)}
+    fields |= {name: row[name] for name in row if name not in (prompt_key, *OUR_COLUMNS)}
     sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
     return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
 
 
 def row_texts(row, chat, args):
     """(prompt, response) of a row: two texts, or messages and the assistant's message that follows them."""
-    prompt = read_prompt(row, args)
-    response = row.get(args.output_key) if args.output_key else []
+    _, prompt, response = read_columns(row, args)
+    if response == [] and args.post_processor == "iter_dpo":
+        raise ValueError("iter_dpo needs a column of responses, not whole conversations")
     if row.get("finish_reason"):  # our own: input is rendered for the policy, messages are not
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
-        is_bare = "plain_input" in row and "messages" not in row and "prompt" not in row
+        is_bare = row.keys() & {"plain_input", "prompt", "messages"} == {"plain_input"}
         if is_bare and not row["input"].endswith(" "):  # the response has the blank that ended the prompt
             response = response.removeprefix(" ")
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if not (chat or isinstance(prompt, list) or isinstance(response, list)):
         return messages[0]["content"], messages[1]["content"]
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or turns[-1] == 0:
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if len(messages) < 2:
         raise ValueError("no response after a prompt: --output_key COLUMN, or an assistant turn")
-    return messages[: turns[-1]], messages[turns[-1]]
+    return messages[:-1], messages[-1]
 
 
 def scoring_items(i, row, tokenizer, config, args):
     """The one Item of a row: texts for a reward function, or ids as a reward model or the policy reads it."""
     is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
+    prompt, response = row_texts(row, args.apply_chat_template, args)
     if is_ours and args.eval_task == "logps":
         prompt, response = row["input"], row["output"]
-    else:
-        prompt, response = row_texts(row, args.apply_chat_template, args)
     if args.reward_fn:
         response = response if isinstance(response, str) else response["content"]
         return [Item((i, 0), prompt, response, row)]
     # Hugging Face's reward models, unlike OpenRLHF's, read all that a chat template writes.
     is_classifier = "ForSequenceClassification" in str(config.architectures)
-    to_eos = args.eval_task == "logps" or hasattr(config, "value_head_prefix") or not is_classifier
+    to_eos = hasattr(config, "value_head_prefix") or not is_classifier
     if isinstance(prompt, str):
         asked = prompt if is_ours else args.input_template.replace("{}", prompt)
         text = asked + response
@@ -396,16 +384,14 @@ def scoring_items(i, row, tokenizer, config, args):
 
 def load_weights(auto, args, device, **options):
     """The model of --pretrain by a class of transformers, with Hugging Face's own attention."""
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # see lacks below
-    options["dtype"] = torch.bfloat16 if args.bf16 else torch.float32
+    options |= {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "output_loading_info": True}
     try:
         model, info = auto.from_pretrained(args.pretrain, **options)
     except Exception as e:  # of many types: half a download, a file that was cut off
         die(f"model {args.pretrain!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-    lacks = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-    if lacks:
-        kind = f"no model for --eval_task {args.eval_task}, or see --value_head_prefix"
-        die(f"model {args.pretrain!r} lacks {', '.join(sorted(lacks)[:3])}: {kind}")
+    if info["missing_keys"]:
+        lacks = f"model {args.pretrain!r} lacks {min(info['missing_keys'])}"
+        die(f"{lacks}: no model for --eval_task {args.eval_task}, or see --value_head_prefix")
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # others drop the soft-cap in silence
     return model.to(device).eval().requires_grad_(False)
@@ -534,7 +520,7 @@ def run_engine(k, items, folder, tokenizer, args):
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(args.dp_size * args.tp_size)))
     mine = gpus.split(",")[k * args.tp_size : (k + 1) * args.tp_size]
     os.environ |= {"RANK": str(k), "WORLD_SIZE": str(args.dp_size), "CUDA_VISIBLE_DEVICES": ",".join(mine)}
-    run_stage(items, folder, tokenizer, args, None)
+    run_stage(items, folder, tokenizer, args)
 
 
 def hidden_states(body, batch, device):
@@ -622,8 +608,7 @@ def call_reward(items, function, args):
             if not math.isfinite(result["reward"]):
                 raise ValueError(f"the reward is {result['reward']}")
         except (Exception, SystemExit) as e:
-            line = traceback.extract_tb(e.__traceback__)[-1].lineno
-            result = {"reward": None, "reward_error": f"{type(e).__name__}: {e} (line {line})"}
+            result = {"reward": None, "reward_error": repr(e)}
         faulthandler.cancel_dump_traceback_later()
         yield item.key, result
     os._exit(0)  # not waiting for threads and processes that the function left
@@ -655,12 +640,6 @@ def call_rewards(items, folder, args):
 # --- post-processors: what becomes of the rows that have a reward
 
 
-def reward_statistics(rows):
-    """(mean, standard deviation) of the rewards."""
-    rewards = [row["reward"] for row in rows]
-    return statistics.mean(rewards), statistics.pstdev(rewards)  # 0 for equal numbers, unlike numpy's
-
-
 def by_prompt(rows, args):
     """A list of the rows of each prompt, the best first."""
     groups = collections.defaultdict(list)
@@ -686,20 +665,21 @@ def best_and_worst(rows, args):
     pairs = []
     for group in by_prompt(rows, args):
         best, worst = group[0], group[-1]
-        margin = best["reward"] - worst["reward"]
-        if best[args.output_key] == worst[args.output_key] or margin <= args.min_margin:
-            continue
-        pair = {"id": best.get("id"), "prompt": read_prompt(best, args)}
+        pair = {"id": best.get("id")}
         for side, row in (("chosen", best), ("rejected", worst)):
-            pair |= {side: row[args.output_key], f"{side}_reward": row["reward"]}
-            pair[f"{side}_finish_reason"] = row.get("finish_reason")
-        pairs.append(pair)
+            _, pair["prompt"], pair[side] = read_columns(row, args)
+            pair |= {f"{side}_reward": row["reward"], f"{side}_finish_reason": row.get("finish_reason")}
+        margin = best["reward"] - worst["reward"]
+        if pair["chosen"] != pair["rejected"] and margin > args.min_margin:
+            pairs.append(pair)
     return pairs
 
 
 def conditional_rows(rows, args):
     """Conditional SFT: each response, with its reward in the prompt, as a row for sft.py."""
-    mean, std = reward_statistics(rows) if args.normalize_reward else (0.0, 1.0)
+    rewards = [row["reward"] for row in rows]
+    mean = statistics.mean(rewards) if args.normalize_reward else 0.0
+    std = statistics.pstdev(rewards) if args.normalize_reward else 1.0
     made = []
     for row in rows:
         is_ours = "finish_reason" in row
@@ -735,33 +715,35 @@ def stamp(name):
 
 def open_stage(args):
     """(folder for results, all that decides them: the identity); no folder if the output is there already."""
-    names = [*args.dataset.split(","), args.pretrain]
-    names += [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
+    inputs = [*args.dataset.split(","), args.pretrain]
+    inputs += [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
+    inputs = [name.strip() for name in inputs if name]
+    outputs = [path for path in (args.output_path, args.scored_path) if path]
+    paths = [os.path.realpath(path) for path in [*outputs, *inputs]]
+    for path in paths[: len(outputs)]:
+        if os.path.isdir(path) or paths.count(path) > 1:
+            die(f"{path} cannot be written: it is a folder, our input, or named twice")
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    identity["input files"] = [stamp(name.strip()) for name in names if name]
-    outputs = [path for path in (args.output_path, args.scored_path) if path]
-    output, meta = Path(args.output_path), Path(f"{args.output_path}.meta.json")
-    record = json.loads(meta.read_text()) if meta.exists() else {"identity": {}}
-    if record["identity"] == identity and record["outputs"] == [stamp(path) for path in outputs]:
-        note(f"done   {output} is complete and made by this command: nothing to do")
-        shutil.rmtree(f"{output}.partial", ignore_errors=True)  # a kill may have left it
-        return None, identity
-    taken = [os.path.realpath(name.strip()) for name in names]
-    for path in outputs:
-        if os.path.isdir(path) or os.path.realpath(path) in taken:
-            die(f"{path} cannot be written: it is a folder, our input, or named twice")
-        taken.append(os.path.realpath(path))
-    if output.exists():
-        changed = [name for name, value in record["identity"].items() if identity.get(name) != value]
-        note(f"notice {output} will be replaced: other {', '.join(changed) or 'content'}")
+    identity["input files"] = [stamp(name) for name in inputs]
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    folder = Path(f"{output}.partial", command)
+    folder = Path(f"{args.output_path}.partial", command)
+    meta = Path(f"{args.output_path}.meta.json")
+    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
+    wanted = identity | {"content": [stamp(path) for path in outputs]}
+    changed = [name for name in wanted if made_by.get(name) != wanted[name]]
+    if not changed:
+        note(f"done   {args.output_path} is complete and made by this command: nothing to do")
+        shutil.rmtree(folder.parent, ignore_errors=True)  # a kill may have left it
+        return None, identity
+    if os.path.exists(args.output_path):
+        why = ", ".join(changed) if made_by else "content"
+        note(f"notice {args.output_path} will be replaced: other {why}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        Path(args.scored_path or output).parent.mkdir(parents=True, exist_ok=True)
+        Path(outputs[-1]).parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        die(f"{output} cannot be written: {e.strerror}")
+        die(f"{args.output_path} cannot be written: {e.strerror}")
     return folder, identity
 
 
@@ -786,21 +768,22 @@ def write_results(path, results, n_total):
             file.flush()
 
 
-def run_stage(items, folder, tokenizer, args, device):
+def run_stage(items, folder, tokenizer, args):
     """Runs this rank's share of the work, less what is done."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    done = read_results(folder)
-    if done:
-        note(f"resume {len(done):,} of {len(items):,} results are there")
     if args.reward_fn:
         return call_rewards(items[rank::world_size], folder, args)
     sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
     batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
+    done = read_results(folder)
+    if done:
+        note(f"resume {len(done):,} of {len(items):,} results are there")
     todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
     engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if todo:
         results = engines[args.eval_task](todo, tokenizer, args, device)
-        write_results(folder / f"{rank}_0.jsonl", results, sum(len(batch) for batch in todo))
+        write_results(folder / f"{rank}_0.jsonl", results, sum(map(len, todo)))
 
 
 def write_rows(path, rows):
@@ -813,25 +796,26 @@ def write_rows(path, rows):
 
 def write_outputs(rows, items, folder, identity, args):
     """Writes the outputs and, behind them, what made them; then the parts go."""
-    found = read_results(folder)
-    n_lost = sum(item.key not in found for item in items)
-    if n_lost:
-        die(f"{n_lost:,} results are missing in {folder}: do all nodes share this disk?")
+    results = read_results(folder)
+    found = {item.key: results[item.key] for item in items}  # all of them, or the nodes share no disk
+    answers = found.values()
+    errors = collections.Counter(x.pop("reward_error") for x in answers if "reward_error" in x)
     if args.eval_task in ("rm", "logps"):
         nothing = {"reward": None} if args.eval_task == "rm" else {"logps": None, "tokens": None}
         rows = [row | found.get((i, 0), nothing) for i, row in rows.items()]
     else:
         rows = [item.row | found[item.key] for item in items]
-    errors = collections.Counter(row.pop("reward_error") for row in rows if "reward_error" in row)
     for error, n in errors.most_common(5):
         note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
     summary = {"rows": len(rows)}
     if args.eval_task == "rm":
         scored = [row for row in rows if row["reward"] is not None]
         if not scored:
-            shutil.rmtree(f"{args.output_path}.partial")  # the same command shall try again
+            shutil.rmtree(folder)  # the same command shall try again
             die(f"no row has a reward: {next(iter(errors), 'the model gives NaN')}")
-        summary["reward_mean"], summary["reward_std"] = reward_statistics(scored)
+        rewards = [row["reward"] for row in scored]
+        summary["reward_mean"] = statistics.mean(rewards)
+        summary["reward_std"] = statistics.pstdev(rewards)  # 0 for equal numbers, unlike numpy's
         if args.scored_path:
             write_rows(args.scored_path, rows)
         processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
@@ -839,24 +823,10 @@ def write_outputs(rows, items, folder, identity, args):
             rows = processors[args.post_processor](scored, args)
             summary["selected"] = len(rows)
     write_rows(args.output_path, rows)
-    stamps = [stamp(path) for path in (args.output_path, args.scored_path) if path]
-    meta = {"identity": identity, "outputs": stamps, "summary": summary}
-    write_rows(f"{args.output_path}.meta.json", [meta])
-    shutil.rmtree(f"{args.output_path}.partial")
+    identity["content"] = [stamp(path) for path in (args.output_path, args.scored_path) if path]
+    write_rows(f"{args.output_path}.meta.json", [{"identity": identity, "summary": summary}])
+    shutil.rmtree(folder.parent)
     note(f"saved  {args.output_path}  {summary}")
-
-
-def find_device(args):
-    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(size)))
-    # Asking for GPUs would deny them to the forked workers of a reward function.
-    if args.reward_fn or not torch.cuda.is_available():
-        return "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    n_gpus = args.tp_size * args.dp_size if args.eval_task == "generate_vllm" else local_rank + 1
-    if n_gpus > torch.cuda.device_count():
-        die(f"{n_gpus} GPUs are asked for, {torch.cuda.device_count()} are there")
-    return f"cuda:{local_rank}"
 
 
 def main(args):
@@ -865,11 +835,13 @@ def main(args):
     datasets.disable_progress_bars()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    device = find_device(args)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    n_gpus = args.tp_size * args.dp_size if args.eval_task == "generate_vllm" else local_size
+    # Asking for GPUs would deny them to the forked workers of a reward function.
+    if not args.reward_fn and 0 < torch.cuda.device_count() < n_gpus:
+        die(f"{n_gpus} GPUs are asked for, {torch.cuda.device_count()} are there")
     rows = load_rows(args)
-    args.input_key, args.output_key = choose_columns(next(iter(rows.values())), args)
-    if args.post_processor == "iter_dpo" and not args.output_key:
-        die("--post_processor iter_dpo needs a column of responses, not whole conversations")
     is_scoring = args.eval_task in ("rm", "logps")
     tokenizer = config = None
     if not args.reward_fn:
@@ -886,7 +858,7 @@ def main(args):
     if args.eval_task == "generate_vllm" and args.dp_size > 1:
         torch.multiprocessing.spawn(run_engine, (items, folder, tokenizer, args), args.dp_size)
     else:
-        run_stage(items, folder, tokenizer, args, device)
+        run_stage(items, folder, tokenizer, args)
     if os.environ["WORLD_SIZE"] != "1":
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
