@@ -252,8 +252,7 @@ def as_messages(value, role):
         if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
             raise ValueError("neither text nor messages with role and content")
         turn["role"] = names.get(turn["role"], turn["role"])
-        turn["content"] = str(turn["content"])
-        messages.append(turn)
+        messages.append(turn | {"content": str(turn["content"])})
     return messages
 
 

@@ -118,12 +118,7 @@ class Args:
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
-        counts = ("train_batch_size", "max_len", "max_epochs", "max_steps", "max_ckpt_num", "num_proc")
-        if min(getattr(self, name) for name in counts) < 1:
-            die(f"--{', --'.join(counts)} must be 1 or more")
         self.save_path = os.path.realpath(self.save_path)  # of a link, the folder that it names
-        if Path.cwd().is_relative_to(self.save_path):
-            die(f"--save_path {self.save_path} will be replaced as a whole: name a folder below")
         own = f"{self.save_path}.ckpt"  # of this run alone: it is removed at the end
         self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
         if os.path.isfile(self.tokenizer_chat_template or ""):
@@ -211,8 +206,7 @@ def as_messages(value, role):
         if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
             raise ValueError("neither text nor messages with role and content")
         turn["role"] = names.get(turn["role"], turn["role"])
-        turn["content"] = str(turn["content"])
-        messages.append(turn)
+        messages.append(turn | {"content": str(turn["content"])})
     return messages
 
 
@@ -225,9 +219,9 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
         messages[0]["content"] = template.replace("{}", messages[0]["content"])
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if len(messages) < 2 or not (sampled or messages[-1]["content"].strip()):  # a policy may end at once
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    last = max(turns, default=0)  # what follows it is left out
+    if last == 0 or not (sampled or messages[last]["content"].strip()):  # a policy may end at once
         raise ValueError("no assistant turn after a prompt, or an empty response")
 
     def render(n, ask=False):  # the text of n messages, and of what asks for the next
@@ -236,14 +230,13 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         text = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=ask)
         return text if ask else text.rstrip()  # many write a newline behind a turn, which is not trained
 
-    text = render(len(messages))
+    text = render(last + 1)
     adds_bos = plain and not sampled and not text.startswith(tokenizer.bos_token or "\0")  # else it is there
     encoded = tokenizer(text, add_special_tokens=adds_bos, return_offsets_mapping=True)
     ends = np.trim_zeros(np.array(encoded["offset_mapping"])[:, 1], "b")  # some tokenizers add EOS behind
     ids = np.array(encoded["input_ids"][: len(ends)], dtype=np.int32)
     trained = np.zeros(len(ids), dtype=bool)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    for i in turns if multiturn else turns[-1:]:
+    for i in turns if multiturn else [last]:
         question = render(i, ask=True)  # what is trained is what will be asked for
         asked = os.path.commonprefix([text, question])
         before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
@@ -301,21 +294,19 @@ def encode_labelled(row, tokenizer, args):
         yield {"input_ids": ids, "trained": trained, "desirable": desirable, "prompt_hash": hashed}
 
 
-def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
+def encode_rows(spans, encode_row, tokenizer, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
-            row = rows[i]
             where = {"where": f"{name}:{i + 1}"}
             try:
+                row = rows[i]
                 if row == "":
                     raise ValueError("blank line")
                 row = json.loads(row) if isinstance(row, str) else row
                 for example in encode_row(row, tokenizer, args):
-                    ids = example["input_ids"]
-                    if ids.max() >= vocab_size:
-                        raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
-                    yield example | where | {"length": len(ids), "n_trained": example["trained"].sum()}
+                    sizes = {"length": len(example["input_ids"]), "n_trained": example["trained"].sum()}
+                    yield example | where | sizes
             except Exception as e:  # of many types: a chat template may raise anything
                 yield where | {"reason": str(e).partition("\n")[0][:200] or type(e).__name__}
 
@@ -335,42 +326,35 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets, encoded once per node or found again."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
-    if args.max_len > limit:
+    if not 0 < args.max_len <= limit:
         die(f"--max_len {args.max_len}: use --max_len {limit} or raise max_position_embeddings (config.json)")
-    names = [name.strip() for name in names.split(",")]
-    tables = [open_rows(name, split, args.cache_dir) for name in names]
+    paths = [name.strip() for name in names.split(",")]
+    tables = [open_rows(path, split, args.cache_dir) for path in paths]
     sizes = [min(len(rows), args.max_samples) for rows in tables]
-    if 0 in sizes:
-        die(f"dataset {names[sizes.index(0)]!r} has no rows")
     shares = sizes
-    if probs and len(names) > 1:
+    if probs and len(paths) > 1:
         shares = [round(float(prob) * sum(sizes)) for prob in probs.split(",")]
-    if len(shares) != len(names):
-        die(f"--dataset_probs {probs}: not a number for each of {len(names)} datasets")
+    if len(shares) != len(paths):
+        die(f"--dataset_probs {probs}: not a number for each of {len(paths)} datasets")
+    n = sum(shares)
     spans = []  # to be dealt to processes
-    for name, rows, size, share in zip(names, tables, sizes, shares):
+    for path, rows, size, share in zip(paths, tables, sizes, shares):
         numbers = np.resize(np.arange(size), share)  # where they are too few, from the first again
-        spans += [(name, rows, part) for part in np.array_split(numbers, share // 256 + 1)]
+        spans += [(path, rows, part) for part in np.array_split(numbers, share // 256 + 1)]
     # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
-    decides = [names, probs, split, [stamp(name) for name in names], config.vocab_size, code]
-    decides += [getattr(rows, "_fingerprint", None) for rows in tables]
+    flags = [flag for flag in vars(args) if f"args.{flag}" in code and flag not in ["pretrain", *FREE_FLAGS]]
+    decides = [code, names, probs, split, *(getattr(args, flag) for flag in flags)]
+    decides += [stamp(path) for path in paths] + [getattr(rows, "_fingerprint", None) for rows in tables]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
-    ignored = {"pretrain", *FREE_FLAGS}
-    decides += [value for flag, value in vars(args).items() if f"args.{flag}" in code and flag not in ignored]
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, encode_row, tokenizer, config.vocab_size, args),
+        lambda spans: encode_rows(spans, encode_row, tokenizer, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": spans},
-        num_proc=args.num_proc if sum(shares) >= 2000 else 1,  # fewer rows do not pay for a process
+        num_proc=args.num_proc if n >= 2000 else 1,  # fewer rows do not pay for a process
         fingerprint=datasets.fingerprint.Hasher.hash(decides),
     )
-    return keep_usable(table, ", ".join(names), sum(shares), args)
-
-
-def keep_usable(table, names, n, args):
-    """The examples of a table of n rows of these datasets; rows that cannot be used are told and left out."""
     usable = table.data["reason"].is_null().to_numpy()
     dropped = table.select(np.flatnonzero(~usable)).to_pandas()
     for reason, where in dropped.groupby("reason")["where"]:
@@ -405,10 +389,7 @@ def split_step(lengths, args, n_responses=1):
 
 def to_device(array, device):
     """A tensor on the device; from pinned memory, as any other copy would wait for the GPU."""
-    tensor = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return torch.tensor(array, pin_memory=torch.cuda.is_available()).to(device, non_blocking=True)
 
 
 def pack_rows(examples, device):
@@ -509,7 +490,8 @@ def choose_partners(prompts, seed):
     places = np.argsort(order)  # of each row in the order
     changes = np.flatnonzero(prompts[order] != prompts[following])  # places before another prompt
     if len(changes):  # else all prompts are the same
-        places = changes[np.searchsorted(changes, places) % len(changes)]
+        next_change = np.searchsorted(changes, places)
+        places = changes[next_change % len(changes)]  # behind the last one the first
     return following[places]
 
 
@@ -531,7 +513,8 @@ def reference_rows(table, args, device):
     path = args.ref_pretrain or args.pretrain
     code = Path(__file__).read_text().partition("\ndef kto_loss")[0]  # what computes log-probs
     decides = [table._fingerprint, code, path, stamp(path), args.bf16, args.seed]
-    file = Path(args.cache_dir, f"logps-{datasets.fingerprint.Hasher.hash(decides)}.npy")
+    key = datasets.fingerprint.Hasher.hash(decides)
+    file = Path(args.cache_dir, f"logps-{key}.npy")
     found = [file.exists()]
     dist.broadcast_object_list(found)
     if not found[0]:
@@ -570,7 +553,8 @@ def kto_step(engine, examples, mismatched, ref_logps, args, train=True):
     with torch.no_grad():
         for members, weight in split_step([len(row["input_ids"]) for row in mismatched], args):
             logps = response_logps(engine, [mismatched[j] for j in members])
-            z0 += weight * (logps - to_device(ref_logps[members, 1], device)).sum()
+            log_ratios = logps - to_device(ref_logps[members, 1], device)
+            z0 += weight * log_ratios.sum()
     dist.all_reduce(z0)
     z0 = (z0 / n).clamp(min=0)
     found = torch.zeros(n, 3, dtype=torch.float64, device=device)  # of each row: loss, reward, log pi(y)
@@ -719,10 +703,10 @@ def check_attention(engine, args):
     """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
     model = engine.model
     first = {"input_ids": np.arange(17), "trained": np.arange(17) > 4}
+    other = first | {"input_ids": np.arange(17) + 1}  # the last one must not notice
     last = {"input_ids": np.arange(23) * 7 % 32, "trained": np.arange(23) > 4}
     found = engine(pack_rows([first, last], engine.device))[-18:]
-    first["input_ids"] += 1  # the last one must not notice
-    again = engine(pack_rows([first, last], engine.device))[-18:]
+    again = engine(pack_rows([other, last], engine.device))[-18:]
     alone = pack_rows([last], engine.device)
     model.set_attn_implementation("eager")
     logits = model(alone["input_ids"]).logits[0, alone["positions"]]
@@ -794,8 +778,8 @@ def open_run(args, identity):
     if not changed:
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
-    if os.path.ismount(target) or target.is_file():  # it could not be replaced when the model is there
-        die(f"--save_path {target} is a mount point or a file: name a folder")
+    if os.path.ismount(target) or target.is_file() or Path.cwd().is_relative_to(target):
+        die(f"--save_path {target} will be replaced as a whole: name a folder below")
     models = [*target.glob("*config.json"), *target.glob("*.safetensors")]  # of adapters, too
     if models and os.path.realpath(args.pretrain) != args.save_path:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")
@@ -916,7 +900,8 @@ def main(args):
 
     # --- algorithm: kto (model)
     transformers.AttentionInterface.register("packed", packed_attention)
-    note(f"labels {examples['desirable'][:].sum():,} of {len(examples):,} rows are desirable")
+    n_desirable = examples["desirable"][:].sum()
+    note(f"labels {n_desirable:,} of {len(examples):,} rows are desirable")
     references = {table: reference_rows(table, args, device) for table in filter(None, (examples, held_out))}
     engine = start_engine(args, total_steps, LogProbs)
     check_attention(engine, args)
