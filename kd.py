@@ -319,14 +319,14 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     paths = [name.strip() for name in names.split(",")]
     tables = [open_rows(path, split, args.cache_dir) for path in paths]
     sizes = [min(len(rows), args.max_samples) for rows in tables]
+    if 0 in sizes:
+        die(f"dataset {paths[sizes.index(0)]!r} has no rows")
     shares = sizes
     if probs and len(paths) > 1:
         shares = [round(float(prob) * sum(sizes)) for prob in probs.split(",")]
-    if len(shares) != len(paths):
-        die(f"--dataset_probs {probs}: not a number for each of {len(paths)} datasets")
     n = sum(shares)
     spans = []  # to be dealt to processes
-    for path, rows, size, share in zip(paths, tables, sizes, shares):
+    for path, rows, size, share in zip(paths, tables, sizes, shares, strict=True):
         numbers = np.resize(np.arange(size), share)  # where they are too few, from the first again
         spans += [(path, rows, part) for part in np.array_split(numbers, share // 256 + 1)]
     # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
