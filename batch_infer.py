@@ -102,6 +102,8 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
+        if self.temperature <= 0 and self.best_of_n > 1:
+            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
         if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
@@ -180,6 +182,8 @@ def load_rows(args):
                 table.append(json.loads(row.strip() or "null") if isinstance(row, str) else row)
         except ValueError as e:
             die(f"dataset {name!r}: row {len(table) + 1} is no JSON: {e}")
+        if not any(table):
+            die(f"dataset {name!r} has no rows")
         tables.append(table)
     if args.dataset_probs and len(tables) > 1:
         total = sum(map(len, tables))
@@ -324,7 +328,7 @@ def row_texts(row, chat, args):
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
-        is_bare = row.keys() & {"plain_input", "prompt", "messages"} == {"plain_input"}
+        is_bare = "plain_input" in row and "messages" not in row and "prompt" not in row
         if is_bare and not row["input"].endswith(" "):  # the response has the blank that ended the prompt
             response = response.removeprefix(" ")
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
@@ -340,9 +344,10 @@ def row_texts(row, chat, args):
 def scoring_items(i, row, tokenizer, config, args):
     """The one Item of a row: texts for a reward function, or ids as a reward model or the policy reads it."""
     is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
-    prompt, response = row_texts(row, args.apply_chat_template, args)
     if is_ours and args.eval_task == "logps":
         prompt, response = row["input"], row["output"]
+    else:
+        prompt, response = row_texts(row, args.apply_chat_template, args)
     if args.reward_fn:
         response = response if isinstance(response, str) else response["content"]
         return [Item((i, 0), prompt, response, row)]
@@ -664,13 +669,15 @@ def best_and_worst(rows, args):
     pairs = []
     for group in by_prompt(rows, args):
         best, worst = group[0], group[-1]
-        pair = {"id": best.get("id")}
-        for side, row in (("chosen", best), ("rejected", worst)):
-            _, pair["prompt"], pair[side] = read_columns(row, args)
-            pair |= {f"{side}_reward": row["reward"], f"{side}_finish_reason": row.get("finish_reason")}
+        _, prompt, chosen = read_columns(best, args)
+        _, _, rejected = read_columns(worst, args)
         margin = best["reward"] - worst["reward"]
-        if pair["chosen"] != pair["rejected"] and margin > args.min_margin:
-            pairs.append(pair)
+        if chosen == rejected or margin <= args.min_margin:
+            continue
+        pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for side, row in (("chosen", best), ("rejected", worst)):
+            pair |= {f"{side}_reward": row["reward"], f"{side}_finish_reason": row.get("finish_reason")}
+        pairs.append(pair)
     return pairs
 
 

@@ -126,6 +126,9 @@ class Args:
     local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
 
     def __post_init__(self):
+        counts = ("train_batch_size", "max_len", "max_epochs", "max_steps", "max_ckpt_num", "num_proc")
+        if min(getattr(self, name) for name in counts) < 1:
+            die(f"--{', --'.join(counts)} must be 1 or more")
         self.save_path = os.path.realpath(self.save_path)  # of a link, the folder that it names
         own = f"{self.save_path}.ckpt"  # of this run alone: it is removed at the end
         self.ckpt_path = os.path.join(self.ckpt_path, own.replace("/", "_")) if self.ckpt_path else own
@@ -244,7 +247,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
         messages[0]["content"] = template.replace("{}", messages[0]["content"])
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    last = max(turns, default=0)  # what follows it is left out
+    last = max(turns, default=0)  # what follows it is left out; 0: none answers a prompt
     if last == 0 or not (sampled or messages[last]["content"].strip()):  # a policy may end at once
         raise ValueError("no assistant turn after a prompt, or an empty response")
 
@@ -317,7 +320,7 @@ def encode_pair(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained, "ends": ends, "sizes": sizes}]
 
 
-def encode_rows(spans, encode_row, tokenizer, args):
+def encode_rows(spans, encode_row, tokenizer, vocab_size, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
@@ -328,8 +331,10 @@ def encode_rows(spans, encode_row, tokenizer, args):
                     raise ValueError("blank line")
                 row = json.loads(row) if isinstance(row, str) else row
                 for example in encode_row(row, tokenizer, args):
-                    sizes = {"length": len(example["input_ids"]), "n_trained": example["trained"].sum()}
-                    yield example | where | sizes
+                    ids = example["input_ids"]
+                    if ids.max() >= vocab_size:
+                        raise ValueError(f"a token beyond the model's vocabulary of {vocab_size}")
+                    yield example | where | {"length": len(ids), "n_trained": example["trained"].sum()}
             except Exception as e:  # of many types: a chat template may raise anything
                 yield where | {"reason": str(e).partition("\n")[0][:200] or type(e).__name__}
 
@@ -349,7 +354,7 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets, encoded once per node or found again."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or args.max_len
-    if not 0 < args.max_len <= limit:
+    if args.max_len > limit:
         die(f"--max_len {args.max_len}: use --max_len {limit} or raise max_position_embeddings (config.json)")
     paths = [name.strip() for name in names.split(",")]
     tables = [open_rows(path, split, args.cache_dir) for path in paths]
@@ -367,11 +372,11 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     flags = [flag for flag in vars(args) if f"args.{flag}" in code and flag not in ["pretrain", *FREE_FLAGS]]
-    decides = [code, names, probs, split, *(getattr(args, flag) for flag in flags)]
+    decides = [code, names, probs, split, config.vocab_size, *(getattr(args, flag) for flag in flags)]
     decides += [stamp(path) for path in paths] + [getattr(rows, "_fingerprint", None) for rows in tables]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, encode_row, tokenizer, args),
+        lambda spans: encode_rows(spans, encode_row, tokenizer, config.vocab_size, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": spans},
@@ -412,7 +417,10 @@ def split_step(lengths, args, n_responses=1):
 
 def to_device(array, device):
     """A tensor on the device; from pinned memory, as any other copy would wait for the GPU."""
-    return torch.tensor(array, pin_memory=torch.cuda.is_available()).to(device, non_blocking=True)
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack_trees(examples, device):
@@ -576,6 +584,7 @@ def pair_loss(chosen, rejected, args):
         return (h - 1 / (2 * beta)) ** 2
     if args.loss_type == "simpo":
         return -F.logsigmoid(beta * h - args.simpo_gamma)
+    raise NotImplementedError(args.loss_type)
 
 
 def dpo_step(engine, examples, ref_logps, args, train=True):
@@ -811,7 +820,7 @@ def open_run(args, identity):
         note(f"done   {target} is complete and made by this command: nothing to do")
         return None
     if os.path.ismount(target) or target.is_file() or Path.cwd().is_relative_to(target):
-        die(f"--save_path {target} will be replaced as a whole: name a folder below")
+        die(f"--save_path {target} cannot be replaced as a whole: name another folder, perhaps one below")
     models = [*target.glob("*config.json"), *target.glob("*.safetensors")]  # of adapters, too
     if models and os.path.realpath(args.pretrain) != args.save_path:
         die(f"--save_path {target} holds another model, choose another folder: {changed}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-MAX_LINES = {"sft.py": 835, "kd.py": 960, "dpo.py": 995, "kto.py": 965, "batch_infer.py": 875}
+MAX_LINES = {"sft.py": 845, "kd.py": 970, "dpo.py": 1000, "kto.py": 975, "batch_infer.py": 880}
 OTHER_LINES = {"iterate.sh": 160, "README.md": 220}
 OTHER_LINES |= {"examples/toy.py": 280, "examples/plot.py": 230, "examples/trinity.py": 300}
 MAX_TEST_LINES = 3660  # of tests/*.py together

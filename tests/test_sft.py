@@ -675,10 +675,11 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     # --- models and outputs
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder nor"]),
     "too few positions": ({"max_len": 200}, GOOD, ["--max_len 200", "--max_len 128", "config.json"]),
-    "negative max_len": ({"max_len": -1}, GOOD, ["--max_len -1: use --max_len 128"]),
+    "negative count": ({"max_steps": -1}, GOOD, ["--max_ckpt_num, --num_proc must be 1 or more"]),
+    "small vocabulary": ({"pretrain": "small"}, GOOD, ["vocabulary of 100"]),
     "folder of another run": ({"save_path": "other"}, GOOD, ["--save_path .*/other", "another model", "folder"]),
     "adapters": ({"save_path": "adapters"}, GOOD, ["--save_path .*/adapters", "another model"]),
-    "this folder": ({"save_path": "."}, GOOD, ["--save_path /", "a folder below"]),
+    "this folder": ({"save_path": "."}, GOOD, ["--save_path /", "one below"]),
     "no folder": ({"save_path": "rows.jsonl/out"}, GOOD, ["--save_path .*rows.jsonl/out", "Not a directory"]),
 }  # fmt: skip
 
@@ -688,8 +689,10 @@ def home(tmp_path_factory, tokenizer):
     """A folder with models that lack something, and with one of another run."""
     home = tmp_path_factory.mktemp("bad_input")
     make_model(home / "model", tokenizer, max_position_embeddings=128)
-    for name in ("plain", "other"):
+    for name in ("plain", "other", "small"):
         shutil.copytree(home / "model", home / name)
+    config = (home / "small/config.json").read_text()
+    (home / "small/config.json").write_text(config.replace('"vocab_size": 512', '"vocab_size": 100'))
     (home / "plain/chat_template.jinja").unlink()
     (home / "adapters").mkdir()
     (home / "adapters/adapter_config.json").touch()
