@@ -46,6 +46,7 @@ MISTAKES = {
     "int64 bounds": ("sft", "Qwen2", "*lengths], dtype=np.int32)", "*lengths])", "int32 bounds"),
     "item in the step": ("sft", "Qwen2", "+= loss.detach()", "+= loss.item()", "waits for the GPU"),
     "value of another size": ("dpo", "DeepseekV3", "F.pad(v, (0, size - v.shape[2]))", "v", "one head size"),
+    "copy that is not pinned": ("sft", "Qwen2", "tensor = tensor.pin_memory()", "pass", "waits for the GPU"),
     "z0 on the CPU": ("kto", "Qwen2", ".clamp(min=0)", ".clamp(min=0).cpu()", "mixes devices"),
 }
 
@@ -85,11 +86,18 @@ class Watch(TorchDispatchMode):
         out = 0 if reads else func(*args, **kwargs)
         noted = len(devices) > 1 or (reads and "cuda" in devices)
         if func is torch.ops.aten._to_copy.default:  # .to(), .cpu()
-            noted = devices != {out.device.type} and not (out.is_cuda and kwargs.get("non_blocking"))
+            waits = not (kwargs.get("non_blocking") and hasattr(args[0], "pinned"))
+            noted = devices != {out.device.type} and waits
         if noted:
             frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
             self.lines.append(f"{Path(frames[-1].filename).name}: {frames[-1].line}")
         return out
+
+
+def pin(tensor):
+    """Stands for Tensor.pin_memory, which needs a GPU; Watch knows such tensors."""
+    tensor.pinned = True
+    return tensor
 
 
 def initialize(model, **options):
@@ -197,7 +205,7 @@ if __name__ == "__main__":
     dist.all_reduce = lambda tensor: tensor.add_(torch.zeros(1, device=GPU)[0])  # as NCCL, of CUDA tensors
     FakeTensor.tolist = lambda self: np.zeros(self.cpu().shape).tolist()  # one read, not one per number
     FakeTensor.numpy = lambda self: np.zeros(self.shape)
-    torch.Tensor.pin_memory = lambda self: self
+    torch.Tensor.pin_memory = pin
     # Small enough for several chunks of the LM head.
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=2**20, major=9, minor=0)
     folder = Path(sys.argv[1]).parent
