@@ -352,7 +352,7 @@ def load_examples(names, probs, split, encode_row, tokenizer, args):
     code = Path(__file__).read_text().partition("\n# --- packing")[0]
     flags = [flag for flag in vars(args) if f"args.{flag}" in code and flag not in ["pretrain", *FREE_FLAGS]]
     decides = [code, names, probs, split, config.vocab_size, *(getattr(args, flag) for flag in flags)]
-    decides += [stamp(path) for path in paths] + [getattr(rows, "_fingerprint", None) for rows in tables]
+    decides += [[stamp(path), getattr(rows, "_fingerprint", None)] for path, rows in zip(paths, tables)]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     table = datasets.Dataset.from_generator(
         lambda spans: encode_rows(spans, encode_row, tokenizer, config.vocab_size, args),
