@@ -300,7 +300,8 @@ def test_csft_trains_on_the_prompt_that_csft_prompt_asks_with(home, kind, bos):
     answer = [{"role": "assistant", "content": " It is 8."}] if kind == "messages" else " It is 8."
     asked, rewards = (1.0, (5.0, 3.0)) if bos else (-0.5, (-0.5, 3.0))  # normalised: mean 4, std 1
     source = [{"prompt": prompt, "response": answer, "reward": reward} for reward in rewards]
-    (plain,) = prompts_of(home, [{"prompt": prompt}], tokenizer, **flags)
+    (plain,) = prompts_of(home, [{"prompt": prompt, "answer": 8, "reward": 1}], tokenizer, **flags)
+    assert plain.row["answer"] == 8 and "reward" not in plain.row  # other columns stay, but for names of ours
     result = {"output": " It is 8.", "finish_reason": "stop"}
     ours = [plain.row | result | {"sample": i, "reward": reward} for i, reward in enumerate(rewards)]
     (seen,) = prompts_of(home, [{"prompt": prompt}], tokenizer, csft_prompt=asked, **flags)
