@@ -169,7 +169,7 @@ def open_rows(name, split, cache_dir=None):
             return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e!r}"[:400])
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}"[:400])
 
 
 def load_rows(args):

@@ -189,7 +189,7 @@ def open_rows(name, split, cache_dir=None):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e!r}"[:400])
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}"[:400])
 
 
 def load_tokenizer(path, args):
@@ -247,9 +247,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")  # thoughts, in reasoning models
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
-    cut = finish_reason not in (None, "stop")  # a response that was cut gets no EOS
     closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
-    if not closed and not cut:
+    if not closed and finish_reason in (None, "stop"):  # a response that was cut gets no EOS
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
     trained[0] = False  # nothing predicts the first token
     if not trained[: args.max_len].any():
@@ -263,7 +262,7 @@ def encode_response(row, prompt_key, response_key, tokenizer, args):
         raise ValueError(f"no column {response_key} (a flag *_key names another) but {', '.join(row)}")
     finish_reason = row.get(f"{response_key}_finish_reason", row.get("finish_reason"))
     sampled = {"input", "finish_reason"} <= set(row)  # its prompt column is the text before the template
-    known = ("input",) if sampled else ("prompt", "question", "input")
+    known = ("input",) if sampled else ("prompt", "question", "instruction", "input")
     prompt_key = prompt_key or next((key for key in known if key in row), None)
     prompt, response = row.get(prompt_key), row[response_key]
     if isinstance(response, list) and as_messages(response, "assistant")[0]["role"] != "assistant":
@@ -273,6 +272,8 @@ def encode_response(row, prompt_key, response_key, tokenizer, args):
         if not mark or args.apply_chat_template:  # such text has no turns to render
             raise ValueError(f"no prompt among {', '.join(row)}")
         prompt = head + mark
+    elif prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
+        prompt = f"{prompt}\n\n{row['input']}"
     return encode(prompt, response, tokenizer, args, finish_reason)
 
 
@@ -674,9 +675,9 @@ def check_tree(engine, args):
     model = engine.model
     alone = np.arange(23) * 7 % 32  # a prompt of 5 tokens and the chosen response
     ids = np.append(alone, alone[5:15])  # the rejected one begins like it
-    tree = {"input_ids": ids, "trained": np.arange(33) > 4, "ends": np.array([5, 23, 33])}
-    # If the second copy saw the first, it would know what comes: off by far more than by rounding.
-    found = engine(pack_trees([tree, tree], engine.device))[28:]
+    last = {"input_ids": ids, "trained": np.arange(33) > 4, "ends": np.array([5, 23, 33])}
+    first = last | {"input_ids": (ids + 7) % 32}  # a hint that the last one must not see: the same follows
+    found = engine(pack_trees([first, last], engine.device))[28:]
     alone = to_device(alone[None], engine.device)
     model.set_attn_implementation("eager")
     logits = model(alone).logits[0, 4:-1]

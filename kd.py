@@ -164,7 +164,7 @@ def open_rows(name, split, cache_dir=None):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
-        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e!r}"[:400])
+        die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}"[:400])
 
 
 def load_tokenizer(path, args):
@@ -222,9 +222,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")  # thoughts, in reasoning models
         trained |= (ends > len(asked)) & (ends <= len(answered))  # tokens that end in the answer
-    cut = finish_reason not in (None, "stop")  # a response that was cut gets no EOS
     closed = trained[-1] and tokenizer.decode(ids[-1]) != tokenizer.decode(ids[-1], skip_special_tokens=True)
-    if not closed and not cut:
+    if not closed and finish_reason in (None, "stop"):  # a response that was cut gets no EOS
         ids, trained = np.append(ids, np.int32(tokenizer.eos_token_id)), np.append(trained, True)
     trained[0] = False  # nothing predicts the first token
     if not trained[: args.max_len].any():
@@ -234,6 +233,8 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
 
 def encode_row(row, tokenizer, args):
     """The examples of a row, here just one: the first columns of FEATURES."""
+    if "instruction" in row and not args.input_key and "finish_reason" not in row:
+        raise ValueError("instruction and input are two columns of the prompt: join them here, in encode_row")
     # Columns of prompt and response, the first that fit; None: there is none. Sampled rows keep more columns.
     layouts = [("input", "output"), ("messages", None), ("prompt", "completion"), (None, "text")]
     if args.input_key or args.output_key:
@@ -617,10 +618,9 @@ def start_engine(args, total_steps, wrapper):
 def check_attention(engine, args):
     """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
     model = engine.model
-    example = {"input_ids": np.arange(23) * 7 % 32, "trained": np.arange(23) > 4}
-    # If the second copy saw the first, it would know what comes: off by far more than by rounding.
-    found = engine(pack_rows([example, example], engine.device))[18:]
-    alone = pack_rows([example], engine.device)
+    examples = [{"input_ids": np.arange(n, n + 23) * 7 % 32, "trained": np.arange(23) > 4} for n in (1, 0)]
+    found = engine(pack_rows(examples, engine.device))[18:]  # the second must not see the first, a hint
+    alone = pack_rows(examples[1:], engine.device)
     model.set_attn_implementation("eager")
     logits = model(alone["input_ids"]).logits[0, alone["positions"]]
     model.set_attn_implementation("packed")

@@ -24,7 +24,7 @@ def teacher(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "skew"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_divergence_equals_float64(kind, temperature):
     torch.manual_seed(0)
@@ -34,7 +34,6 @@ def test_divergence_equals_float64(kind, temperature):
     kl = lambda a, b: (a * (a / b).log()).sum(1)  # noqa: E731
     m = (p + q) / 2
     known = {"forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": (kl(p, m) + kl(q, m)) / 2}
-    known["skew"] = kl(p, 0.1 * p + 0.9 * q)
     wanted = known[kind].sum() * temperature**2
     wanted.backward()
     single = student.detach().float().requires_grad_()
@@ -46,7 +45,7 @@ def test_divergence_equals_float64(kind, temperature):
 
 
 def test_teacher_equal_to_student_gives_zero(tiny, rows_file, tmp_path):
-    for kind in ("forward_kl", "reverse_kl", "jsd", "skew"):
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
         flags = {"teacher_model": tiny, "kd_coef": 1.0, "kd_loss": kind, "max_steps": 1}
         found = run(pretrain=tiny, dataset=rows_file, save_path=str(tmp_path / kind), **flags)
         assert abs(found["loss"][0]) < 1e-6 and found["grad_norm"][0] < 1e-6
@@ -82,8 +81,8 @@ SPLITS = {
     "zero3-checkpointing": {"zero_stage": 3, "micro_train_batch_size": 2, "gradient_checkpointing": True},
     "packing-zero1": {"packing_samples": True, "micro_train_batch_size": 2, "zero_stage": 1},
     "zero3-offload": {"zero_stage": 3, "teacher_offload": True},
-    "topk": {"teacher_topk": 100_000},
-    "topk-zero3": {"teacher_topk": 100_000, "zero_stage": 3, "micro_train_batch_size": 3},
+    "topk": {},
+    "topk-zero3": {"zero_stage": 3, "micro_train_batch_size": 3},
 }
 
 
@@ -92,6 +91,8 @@ def test_splits_and_topk_give_the_same_steps(tiny, teacher, rows_file, tmp_path)
     base = {"pretrain": tiny, "teacher_model": teacher, "dataset": rows_file}
     base |= {"kd_temperature": 2.0, "kd_loss": "jsd"}
     runs = {}
+    for name in ("topk", "topk-zero3"):
+        SPLITS[name]["teacher_topk"] = len(AutoTokenizer.from_pretrained(tiny))
     for ranks in (1, 2):
         base["cache_dir"] = str(tmp_path / f"cache{ranks}")  # so that both write the table
         paths = {name: str(tmp_path / name / str(ranks)) for name in SPLITS}
