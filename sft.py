@@ -522,7 +522,7 @@ def check_attention(engine, args):
     """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
     model = engine.model
     examples = [{"input_ids": np.arange(n, n + 23) * 7 % 32, "trained": np.arange(23) > 4} for n in (1, 0)]
-    found = engine(pack_rows(examples, engine.device))[18:]  # the second must not see the first, a hint
+    found = engine(pack_rows(examples, engine.device))[18:]  # the first would tell the second what follows
     alone = pack_rows(examples[1:], engine.device)
     model.set_attn_implementation("eager")
     logits = model(alone["input_ids"]).logits[0, alone["positions"]]

@@ -76,7 +76,7 @@ def kill_tree(process):
 
 def result(folder):
     """What a run leaves: the names of its files, the bytes of the weights, the metrics of each step."""
-    timing = {"tokens_per_sec", "samples_per_sec", "minutes_left", "peak_mem_gib"}
+    timing = {"tokens_per_sec", "samples_per_sec"}
     steps = {name: values for name, values in metrics_of(folder / "out").items() if name not in timing}
     names = sorted(str(path.relative_to(folder)) for path in [*folder.glob("*"), *folder.glob("out/*")])
     return names, weights_of(folder / "out"), steps

@@ -87,7 +87,7 @@ def test_raft_on_arithmetic_with_a_python_reward(tmp_path):
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(pairs)
     wrong = [rng.choice([-10, -2, -1, 1, 2, 10]) * (rng.random() < 0.4) for _ in pairs]
-    rows = [{"question": f"{a}+{b}=", "answer": f" #### {a + b + w}"} for (a, b), w in zip(pairs, wrong)]
+    rows = [{"input": f"{a}+{b}=", "output": f" #### {a + b + w}"} for (a, b), w in zip(pairs, wrong)]
     prompts = [{"question": f"{a}+{b}=", "answer": f" #### {a + b}"} for a, b in pairs[:512]]
     sizes = {"hidden_size": 128, "intermediate_size": 512, "initializer_range": 0.02}
     init = make_model(tmp_path / "init", make_tokenizer(), **sizes)

@@ -109,7 +109,7 @@ def peak_gib():
 
 
 def run_ours(folder, args):
-    """main() of kto.py, with a clock at its reference pass; its own log has the rest."""
+    """main() of kto.py, with a clock at its reference pass, the memory read after each step."""
     spec = importlib.util.spec_from_file_location("script", REPO / "kto.py")
     script = sys.modules["script"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -121,14 +121,19 @@ def run_ours(folder, args):
         reference.append(time.perf_counter() - started)
         return result
 
-    script.reference_rows = timed
+    report, peaks = script.report, []
+
+    def measured(*inputs):
+        peaks.append(peak_gib())
+        report(*inputs)
+
+    script.reference_rows, script.report = timed, measured
     paths = {"pretrain": "model", "dataset": "rows.jsonl", "save_path": "out", "cache_dir": "cache"}
     flags = {name: str(folder / path) for name, path in paths.items()}
     flags |= {"train_batch_size": args.batch, "micro_train_batch_size": args.micro_batch, "max_len": 1024}
     script.main(script.Args(**flags, bf16=args.precision == "bf16"))
     steps = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
     seconds = [args.batch / step["samples_per_sec"] for step in steps]
-    peaks = [step["peak_mem_gib"] for step in steps]
     return {"seconds": seconds, "peak_gib": peaks, "reference_seconds": reference[0] / len(steps)}
 
 
