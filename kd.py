@@ -67,7 +67,7 @@ class Args:
     dataset_probs: str | None = None  # comma list: the share of all rows that each dataset gets
     dataset_split: str = "train"  # split of --dataset, where it has splits
     max_samples: int = 100_000_000  # use the first this many rows of each dataset
-    max_len: int = 2048  # tokens of prompt + response; what is longer is cut, or dropped if the prompt is
+    max_len: int = 2048  # tokens of prompt + response; longer ones are cut, dropped if the prompt fills it
     max_drop_ratio: float = 0.05  # stop when more than this share of the rows cannot be used
     num_proc: int = len(os.sched_getaffinity(0))  # processes that encode rows
     cache_dir: str = os.path.expanduser("~/.cache/flatalign")  # encoded rows; may be deleted
@@ -108,10 +108,10 @@ class Args:
     use_wandb: str | None = None  # log to Weights & Biases: a key, or any word with WANDB_API_KEY set
     save_path: str = "./ckpt"  # the trained model, in Hugging Face form, with args.json and metrics.jsonl
     save_steps: int = -1  # write a checkpoint every this many steps; the same command resumes from it
-    ckpt_path: str | None = None  # where checkpoints are until the end; default: beside save_path
+    ckpt_path: str | None = None  # a folder for checkpoints, removed at the end; default: beside save_path
     max_ckpt_num: int = 3  # keep this many checkpoints
     load_checkpoint: bool = False  # accepted for old commands: resuming is automatic
-    local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
+    local_rank: int = -1  # the deepspeed launcher gives it; what is read is LOCAL_RANK
 
     def __post_init__(self):
         self.save_path = os.path.realpath(self.save_path)  # of a link, the folder that it names
@@ -191,14 +191,14 @@ def as_messages(value, role):
 def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=False):
     """(input_ids, trained), int32 and bool [T], of a prompt and its response, each text or messages."""
     sampled = finish_reason is not None  # by batch_infer.py, whose prompt holds template and BOS already
-    listed = isinstance(prompt, list) or isinstance(response, list)  # messages, also in csft's sampled rows
-    plain = not listed and (sampled or not args.apply_chat_template)  # its template just joins the parts
+    listed = isinstance(prompt, list) or isinstance(response, list)  # messages, perhaps of sampled rows
+    plain = not listed and (sampled or not args.apply_chat_template)  # no chat template: texts are joined
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if plain and prompt and args.input_template and not sampled:
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
         messages[0]["content"] = template.replace("{}", messages[0]["content"])
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    last = max(turns, default=0)  # what follows it is left out; 0: none answers a prompt
+    last = max(turns, default=0)  # what follows it is left out; 0: none, or it begins
     if last == 0 or not (sampled or messages[last]["content"].strip()):  # a policy may end at once
         raise ValueError("no assistant turn after a prompt, or an empty response")
 
@@ -215,9 +215,9 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     ids = np.array(encoded["input_ids"][: len(ends)], dtype=np.int32)
     trained = np.zeros(len(ids), dtype=bool)
     for i in turns if multiturn else [last]:
-        question = render(i, ask=True)  # what is trained is what will be asked for
-        asked = os.path.commonprefix([text, question])
-        before = os.path.commonprefix([render(i), question])  # all but what asks for the answer
+        question = render(i, ask=True)  # ends with what asks for an answer, "<|assistant|>": not trained
+        asked = os.path.commonprefix([text, question])  # it may also add what no turn has, "<think>"
+        before = os.path.commonprefix([render(i), question])  # without what asks for an answer
         answered = render(i + 1)
         if not text.startswith(before) or not text.startswith(answered):
             raise ValueError("the chat template rewrites earlier turns")  # thoughts, in reasoning models
@@ -239,10 +239,10 @@ def encode_row(row, tokenizer, args):
     layouts = [("input", "output"), ("messages", None), ("prompt", "completion"), (None, "text")]
     if args.input_key or args.output_key:
         layouts = [(args.input_key or "input", args.output_key)]
-    fitting = [keys for keys in layouts if {*keys} <= {None, *row}]
-    if not fitting:
+    keys = next((keys for keys in layouts if {*keys} <= {None, *row}), None)
+    if not keys:
         raise ValueError(f"--input_key, --output_key: there are columns {', '.join(row)}, not {layouts}")
-    prompt, response = row.get(fitting[0][0], ""), row.get(fitting[0][1], [])
+    prompt, response = row.get(keys[0], ""), row.get(keys[1], [])  # no response: the prompt has it
     ids, trained = encode(prompt, response, tokenizer, args, row.get("finish_reason"), args.multiturn)
     return [{"input_ids": ids, "trained": trained, "n_trained": trained.sum()}]
 
@@ -260,7 +260,8 @@ def encode_rows(spans, tokenizer, args):
                 for example in encode_row(row, tokenizer, args):
                     yield example | where | {"length": len(example["input_ids"])}
             except Exception as e:  # of many types: a chat template may raise anything
-                yield where | {"reason": str(e).partition("\n")[0][:200] or type(e).__name__}
+                reason = str(e) if isinstance(e, ValueError) else repr(e)
+                yield where | {"reason": reason.partition("\n")[0][:200]}
 
 
 def stamp(name):
@@ -289,10 +290,10 @@ def load_examples(names, probs, split, tokenizer, args):
     for path, rows, size, share in zip(paths, tables, sizes, shares, strict=True):
         numbers = np.resize(np.arange(size), share)  # where they are too few, from the first again
         spans += [(path, rows, part) for part in np.array_split(numbers, share // 256 + 1)]
-    # All that decides an example: the code up to the packing, the flags that it reads, and what they name.
-    code = Path(__file__).read_text().partition("\n# --- packing")[0]
+    # All that decides an example: the code down to the packing, the flags it mentions, and what they name.
+    code = Path(__file__).read_text().partition("\n# --- rows")[2].partition("\n# --- packing")[0]
     flags = [flag for flag in vars(args) if f"args.{flag}" in code and flag not in ["pretrain", *FREE_FLAGS]]
-    decides = [code, names, probs, split, *(getattr(args, flag) for flag in flags)]
+    decides = [code, str(FEATURES), names, probs, split, *(getattr(args, flag) for flag in flags)]
     decides += [[stamp(path), getattr(rows, "_fingerprint", None)] for path, rows in zip(paths, tables)]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     table = datasets.Dataset.from_generator(
@@ -321,17 +322,17 @@ def load_examples(names, probs, split, tokenizer, args):
 
 def split_step(lengths, args, n_responses=1):
     """Deals examples over passes and ranks, longest first. Returns this rank's passes: (indices, weight)."""
-    most = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
+    limit = args.micro_train_batch_size * (args.max_len * n_responses if args.packing_samples else 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     lengths = np.array(lengths)
     order = np.argsort(-lengths, kind="stable")
     sizes = lengths if args.packing_samples else np.ones_like(lengths)
-    for n in itertools.count(world_size, world_size):  # passes, over all ranks
-        fullest = order[::n]  # the longest of each round
-        if sizes[fullest].sum() <= most or len(fullest) == 1:
-            mine = [order[i::n] for i in range(rank, n, world_size)]
-            # A pass is a collective, so all ranks have as many: where examples are too few, one stands in.
-            return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
+    n = world_size  # passes over all ranks; pass i has order[i], order[i + n], ...: the first is the fullest
+    while len(order) > n and sizes[order[::n]].sum() > limit:
+        n += world_size
+    mine = [order[i::n] for i in range(rank, n, world_size)]
+    # A pass is a collective, so all ranks have as many: where examples are too few, one stands in.
+    return [(members, 1.0) if len(members) else (order[-1:], 0.0) for members in mine]
 
 
 def to_device(array, device):
@@ -369,7 +370,7 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, s
     if query.is_cuda and query.dtype != torch.float32 and size <= 256 and size % 8 == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, dim]
         v = F.pad(v, (0, size - v.shape[2]))  # it takes one head size only
-        options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}
+        options = {"scale": scaling, "window_size": ((window or 0) - 1, 0), "enable_gqa": True}  # -1: all
         out = varlen.varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), **options)
         return out[None, :, :, : value.shape[3]], None
     outs = []
@@ -443,7 +444,7 @@ def teacher_topk(table, args, device):
 
     path = args.teacher_model
     width = 2 * args.teacher_topk + 1
-    code = Path(__file__).read_text().partition("\ndef divergence")[0]  # what computes them
+    code = Path(__file__).read_text().partition("\n# --- rows")[2].partition("\ndef divergence")[0]
     decides = [table._fingerprint, code, path, stamp(path), args.bf16, width, args.kd_temperature]
     key = datasets.fingerprint.Hasher.hash(decides)
     file = Path(args.cache_dir, f"topk-{key}")
@@ -509,7 +510,7 @@ def kd_step(engine, teacher, rows, examples, args, train=True):
         if rows:
             known = to_device(np.concatenate([rows[j] for j in members]), engine.device)
         else:
-            known = teacher(pack, lambda model, hidden, targets: hidden)
+            known = teacher(pack, lambda model, hidden, targets: hidden)  # [N, H]
         engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
         with torch.set_grad_enabled(train):
             ce_loss, kd_loss = weight * engine(pack, of_chunk, known).sum(0) / n_tokens
@@ -525,7 +526,7 @@ def kd_step(engine, teacher, rows, examples, args, train=True):
 # --- model and engine
 
 
-def setup(args):
+def setup():
     """Environment, quiet libraries, threads. Nothing here uses CUDA: what encodes rows is forked."""
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
@@ -619,7 +620,7 @@ def check_attention(engine, args):
     """Stops unless a sequence in a pack has the log-probs that the model itself gives to it alone."""
     model = engine.model
     examples = [{"input_ids": np.arange(n, n + 23) * 7 % 32, "trained": np.arange(23) > 4} for n in (1, 0)]
-    found = engine(pack_rows(examples, engine.device))[18:]  # the first would tell the second what follows
+    found = engine(pack_rows(examples, engine.device))[18:]  # the first has the answers of the second
     alone = pack_rows(examples[1:], engine.device)
     model.set_attn_implementation("eager")
     logits = model(alone["input_ids"]).logits[0, alone["positions"]]
@@ -773,7 +774,7 @@ def report(step, total_steps, metrics, args):
 
 
 def main(args):
-    setup(args)
+    setup()
     publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     identity = identify(args)
@@ -782,7 +783,6 @@ def main(args):
     lengths = examples["length"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
-
     rank, world_size, device = connect(args)
     state = [open_run(args, identity) if rank == 0 else None]
     dist.broadcast_object_list(state)

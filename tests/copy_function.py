@@ -7,13 +7,13 @@ Scripts share code by identical copies: change one, run this, then `python -m py
 
 import sys
 
-from test_house import REPO, SCRIPTS, definitions
+from test_house import OWN, REPO, SCRIPTS, definitions
 
 
 def main(name, origin):
     copied = definitions(SCRIPTS[origin]).get(name)
-    if name in ("Args", "main") or not copied:
-        sys.exit(f"error: {name}: name a function or class of {origin}, other than Args and main")
+    if name in OWN or not copied:
+        sys.exit(f"error: {name}: name a function or class of {origin}, other than {', '.join(OWN)}")
     for script, source in SCRIPTS.items():
         if old := definitions(source).get(name):
             (REPO / script).write_text(source.replace(old, copied))
