@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.sched_getaffinity = lambda pid: {0}  # what runs in this process has one thread: more only cost here
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes of pytest
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -79,11 +80,11 @@ def make_tokenizer(vocab_size=500, chat_template=CHAT_TEMPLATE):
 
 
 def make_model(folder, tokenizer, **changes):
-    """A random Qwen2 of two layers (0.1M parameters, tied embeddings) and its tokenizer, saved in folder."""
+    """A random Qwen2 of two layers (0.2M parameters, tied embeddings; ZeRO-3 shards them and the MLPs) and its tokenizer, saved in folder."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     options = {"num_key_value_heads": 2, "max_position_embeddings": 8192, "tie_word_embeddings": True}
     options |= {"bos_token_id": None, "initializer_range": 0.1}

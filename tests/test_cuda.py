@@ -140,7 +140,7 @@ def run_step(script, name, args, table):
     wrapper = script.InChunks if name == "kd" else script.LogProbs
     if name == "kd":
         with fake, Watch():
-            teacher = script.start_frozen(args.teacher_model, args, GPU, False, wrapper)
+            teacher = script.start_frozen(args.teacher_model, args, False, wrapper)
     engine = script.start_engine(args, 3, wrapper)
     examples = table.__getitems__(range(2))
     if name == "kd" and args.teacher_topk:
@@ -158,11 +158,11 @@ def run_frozen(script, name, args, table):
     """The pass of a frozen model: the host may wait where it is moved and checked, and for the values."""
     with fake, Watch() as watch:
         if name == "kd":
-            script.teacher_topk(table, args, GPU)
+            script.teacher_topk(table, args)
         elif name == "kto":
-            script.reference_rows(table, args, GPU)
+            script.reference_rows(table, args)
         else:
-            script.reference_logps(table, args, GPU)
+            script.reference_logps(table, args)
     lines = {line for line in watch.lines if line.startswith(name)}
     assert len(lines) == 3, f"the pass waits for the GPU, or mixes devices: {lines}"
 
@@ -182,6 +182,7 @@ def check(case, script, name, family, flags, folder):
     if name != "batch_infer":
         paths |= {"cache_dir": folder, "micro_train_batch_size": 1}
         script.deepspeed.initialize = initialize
+        script.deepspeed.get_accelerator = lambda: SimpleNamespace(current_device_name=lambda: GPU)
         register_attention(script)
     paths |= {"teacher_model": folder} if name == "kd" else {}
     args = script.Args(**paths, **flags)

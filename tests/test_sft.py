@@ -217,7 +217,7 @@ def test_split_step_uses_every_example_once(lengths, world_size, max_examples, p
 
 
 def test_learning_rate_by_hand(tiny, monkeypatch):
-    """Ten steps, the first two of them warm-up, but for a constant rate; no step is at 0."""
+    """Ten steps, the first two of them warm-up; no step is at 0."""
     monkeypatch.setattr(sft, "load_model", lambda *args: torch.nn.Linear(2, 2))
     monkeypatch.setattr(sft.deepspeed, "initialize", lambda lr_scheduler, **rest: [lr_scheduler])
 
@@ -230,7 +230,7 @@ def test_learning_rate_by_hand(tiny, monkeypatch):
         return found
 
     cosine = [1 + math.cos(math.pi * i / 9) for i in range(1, 9)]
-    assert rates("constant") == [2.0] * 10
+    assert rates("constant") == [1.0] + [2.0] * 9
     assert rates("linear") == pytest.approx([1.0, 2.0, *(2 * i / 9 for i in range(8, 0, -1))])
     assert rates("cosine") == pytest.approx([1.0, 2.0, *cosine])
     assert rates("cosine_with_min_lr") == pytest.approx([1.0, 2.0, *(0.2 + 0.9 * c for c in cosine)])
@@ -243,7 +243,7 @@ def test_checkpointed_layers_are_computed_again(run, tmp_path):
         attend = sft.F.scaled_dot_product_attention
         with mock.patch.object(sft.F, "scaled_dot_product_attention", wraps=attend) as spy:
             assert run(dataset=data, gradient_checkpointing=checkpointing, save_path=f"{tmp_path}/{checkpointing}") == 0
-        calls.append(spy.call_count - 4)  # of the check at the start: two rows, two layers
+        calls.append(spy.call_count - 8)  # of the check at the start: twice two rows, two layers
     assert calls == [10, 20]
 
 
