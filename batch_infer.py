@@ -102,8 +102,6 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
-        if self.temperature <= 0 and self.best_of_n > 1:
-            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
         if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
@@ -200,21 +198,15 @@ def load_rows(args):
 
 def read_columns(row, args):
     """(name of the prompt's column, prompt, response) of a row; no response: []."""
-    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer")]
-    layouts += [(name, None) for name in "text prompt instruction input question problem".split()]
-    if {"input", "output", "finish_reason"} <= set(row):  # of batch_infer.py; it may hold messages too
-        layouts = [("input", "output")]
+    # Columns of prompt and response, the first that fit; input and output first, as our rows hold messages too.
+    layouts = [("input", "output"), ("messages", None), ("prompt", "response"), ("prompt", "completion")]
+    layouts += [("question", "answer"), ("text", None), ("prompt", None), ("input", None), ("question", None)]
     if args.input_key or args.output_key:
         layouts = [(args.input_key or "input", args.output_key)]
-    fitting = [keys for keys in layouts if {*keys} <= {None, *row}]
-    if not fitting:
-        raise ValueError(f"--input_key and --output_key must be among the columns {', '.join(row)}")
-    prompt_key, response_key = fitting[0]
-    prompt = row[prompt_key]
-    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-        prompt = f"{prompt}\n\n{row['input']}"
-    return prompt_key, prompt, row.get(response_key, [])
+    for prompt_key, response_key in layouts:
+        if {prompt_key, response_key} <= {None, *row}:
+            return prompt_key, row[prompt_key], row.get(response_key, [])
+    raise ValueError(f"--input_key and --output_key must be among the columns {', '.join(row)}")
 
 
 def collect(make, rows, tokenizer, config, args):
@@ -322,21 +314,17 @@ def sampling_items(i, row, tokenizer, config, args):
 def row_texts(row, chat, args):
     """(prompt, response) of a row: two texts, or messages and the assistant's message that follows them."""
     _, prompt, response = read_columns(row, args)
-    if response == [] and args.post_processor == "iter_dpo":
-        raise ValueError("iter_dpo needs a column of responses, not whole conversations")
     if row.get("finish_reason"):  # our own: input is rendered for the policy, messages are not
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
         is_bare = "plain_input" in row and "messages" not in row and "prompt" not in row
-        if is_bare and not row["input"].endswith(" "):  # the response has the blank that ended the prompt
+        if is_bare:  # the response has the blank that ended the prompt
             response = response.removeprefix(" ")
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if not (chat or isinstance(prompt, list) or isinstance(response, list)):
         return messages[0]["content"], messages[1]["content"]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if len(messages) < 2:
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("no response after a prompt: --output_key COLUMN, or an assistant turn")
     return messages[:-1], messages[-1]
 
@@ -372,8 +360,6 @@ def scoring_items(i, row, tokenizer, config, args):
         ids = [*ids, tokenizer.eos_token_id]
     start = len(os.path.commonprefix([text, asked]))
     first = max(1, sum(end <= start for end in ends))  # of the response
-    if first == len(ids):
-        raise ValueError("empty response")
     if len(ids) > args.max_len:
         raise ValueError(f"longer than {args.max_len} tokens (--max_len, or the model's positions)")
     # A Hugging Face head looks at the last token that is no padding: let that be the last one.
@@ -389,10 +375,7 @@ def scoring_items(i, row, tokenizer, config, args):
 def load_weights(auto, args, device, **options):
     """The model of --pretrain by a class of transformers, with Hugging Face's own attention."""
     options |= {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "output_loading_info": True}
-    try:
-        model, info = auto.from_pretrained(args.pretrain, **options)
-    except Exception as e:  # of many types: half a download, a file that was cut off
-        die(f"model {args.pretrain!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+    model, info = auto.from_pretrained(args.pretrain, **options)
     if info["missing_keys"]:
         lacks = f"model {args.pretrain!r} lacks {min(info['missing_keys'])}"
         die(f"{lacks}: no model for --eval_task {args.eval_task}, or see --value_head_prefix")
@@ -689,16 +672,12 @@ def conditional_rows(rows, args):
     made = []
     for row in rows:
         is_ours = "finish_reason" in row
-        if "messages" in row and row.get("finish_reason") == "length":
-            continue  # a chat template would end what was cut
         prompt, response = row_texts(row, args.apply_chat_template or is_ours, args)
         reward = (row["reward"] - mean) / (std or 1.0)
         if isinstance(prompt, list):
             pair = {"input": conditioned(prompt, reward, args), "output": response["content"]}
         else:
             user = row.get("prompt", prompt) if is_ours else prompt  # --input_template stands around it
-            if prompt.count(user) != 1:
-                continue  # the template holds the prompt's words, too
             pair = {"input": prompt.replace(user, conditioned(user, reward, args)), "output": response}
         kept = {name: row[name] for name in ("id", "sample", "finish_reason", "reward") if name in row}
         made.append(kept | pair)
@@ -721,35 +700,27 @@ def stamp(name):
 
 def open_stage(args):
     """(folder for results, all that decides them: the identity); no folder if the output is there already."""
-    inputs = [*args.dataset.split(","), args.pretrain]
-    inputs += [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
-    inputs = [name.strip() for name in inputs if name]
+    functions = [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
+    inputs = [name.strip() for name in [*args.dataset.split(","), args.pretrain, *functions] if name]
     outputs = [path for path in (args.output_path, args.scored_path) if path]
-    paths = [os.path.realpath(path) for path in [*outputs, *inputs]]
-    for path in paths[: len(outputs)]:
-        if os.path.isdir(path) or paths.count(path) > 1:
-            die(f"{path} cannot be written: it is a folder, our input, or named twice")
+    for path in outputs:
+        if os.path.isdir(path) or os.path.realpath(path) in map(os.path.realpath, inputs):
+            die(f"{path} cannot be written: it is a folder, or our input")
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["input files"] = [stamp(name) for name in inputs]
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(f"{args.output_path}.partial", command)
     meta = Path(f"{args.output_path}.meta.json")
-    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
-    wanted = identity | {"content": [stamp(path) for path in outputs]}
-    changed = [name for name in wanted if made_by.get(name) != wanted[name]]
-    if not changed:
+    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else None
+    if made_by == identity | {"content": [stamp(path) for path in outputs]}:
         note(f"done   {args.output_path} is complete and made by this command: nothing to do")
         shutil.rmtree(folder.parent, ignore_errors=True)  # a kill may have left it
         return None, identity
     if os.path.exists(args.output_path):
-        why = ", ".join(changed) if made_by else "content"
-        note(f"notice {args.output_path} will be replaced: other {why}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Path(outputs[-1]).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        die(f"{args.output_path} cannot be written: {e.strerror}")
+        note(f"notice {args.output_path} will be replaced: it was not made by this command")
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(outputs[-1]).parent.mkdir(parents=True, exist_ok=True)
     return folder, identity
 
 
@@ -782,8 +753,6 @@ def run_stage(items, folder, tokenizer, args):
     sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
     batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
     done = read_results(folder)
-    if done:
-        note(f"resume {len(done):,} of {len(items):,} results are there")
     todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
     engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

@@ -383,7 +383,7 @@ def test_the_same_command_does_nothing_another_replaces(home, tmp_path, capsys):
     out.write_text("edited")
     assert run(home, "generate", out, **flags) == first
     assert run(home, "generate", out, seed=7, **flags) != first
-    assert "will be replaced: other seed" in capsys.readouterr().out
+    assert "will be replaced" in capsys.readouterr().out
 
 
 def launch(folder, configs, *launcher):
@@ -474,8 +474,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "empty.jsonl": {"dataset": write_rows(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
         "policy' lacks score.weight: no model for --eval_task rm": scored | {"pretrain": str(home / "policy")},
-        "cannot be written: it is a folder, our input, or named twice": {"output_path": str(home / "prompts.jsonl")},
-        "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
+        "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
     }
     for message, flags in cases.items():
         with pytest.raises(SystemExit) as stopped:
