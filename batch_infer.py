@@ -44,7 +44,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
-from tqdm import tqdm
 
 
 @dataclass
@@ -198,7 +197,7 @@ def load_rows(args):
 
 def read_columns(row, args):
     """(name of the prompt's column, prompt, response) of a row; no response: []."""
-    # Columns of prompt and response, the first that fit; input and output first, as our rows hold messages too.
+    # Columns of prompt and response; the first that fit count, as our own rows may hold messages, too.
     layouts = [("input", "output"), ("messages", None), ("prompt", "response"), ("prompt", "completion")]
     layouts += [("question", "answer"), ("text", None), ("prompt", None), ("input", None), ("question", None)]
     if args.input_key or args.output_key:
@@ -403,13 +402,10 @@ def make_batches(items, size):
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
-def find_stops(tokenizer, args):
-    """The ids that end a sample: EOS and those of the model's generation_config.json."""
-    try:
-        stops = transformers.GenerationConfig.from_pretrained(args.pretrain).eos_token_id
-    except OSError:  # there is none: Hugging Face and vLLM take config.json's
-        stops = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config().eos_token_id
-    return sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None})
+def find_stops(own, tokenizer):
+    """The ids that end a sample: EOS, and what generation_config.json or else config.json names, one or more."""
+    own = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
 
 
 def make_seed(args, key):
@@ -432,7 +428,7 @@ def read_sample(prompt, sampled, tokenizer, stop_ids, args):
 def generate(batches, tokenizer, args, device):
     """Hugging Face's model.generate, with a seed per batch."""
     model = load_weights(transformers.AutoModelForCausalLM, args, device)
-    stop_ids = find_stops(tokenizer, args)
+    stop_ids = find_stops(model.generation_config.eos_token_id, tokenizer)
     settings = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     settings |= {"repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens}
     settings |= {"do_sample": args.temperature > 0, "pad_token_id": stop_ids[0], "eos_token_id": stop_ids}
@@ -451,19 +447,18 @@ def generate(batches, tokenizer, args, device):
 
 
 def start_vllm(args):
-    length = args.prompt_max_len + args.max_new_tokens
-    settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": length}
+    settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_num_seqs": args.max_num_seqs}
     settings |= {"tensor_parallel_size": args.tp_size, "gpu_memory_utilization": args.gpu_memory_utilization}
-    settings |= {"max_num_seqs": args.max_num_seqs, "enable_prefix_caching": True, "use_tqdm_on_load": False}
+    settings["max_model_len"] = args.prompt_max_len + args.max_new_tokens
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if torch.cuda.is_available():
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # runs our last lines
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
-        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-        settings["block_size"] = 32  # samples share whole blocks of a prompt
+        # Samples share whole blocks of a prompt.
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32}
         # Half a prompt in a step would end a seeded request: "CPU Generator does not use offset".
-        settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}
+        settings["enable_chunked_prefill"] = False
     try:
         from vllm import LLM
 
@@ -475,7 +470,9 @@ def start_vllm(args):
 
 def generate_vllm(batches, tokenizer, args, device):
     """One request per sample, with its own seed: no other request changes it."""
-    engine, stop_ids = start_vllm(args), find_stops(tokenizer, args)
+    engine = start_vllm(args)
+    model_config = engine.model_config.try_get_generation_config()
+    stop_ids = find_stops(model_config.get("eos_token_id"), tokenizer)
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
@@ -612,7 +609,7 @@ def call_rewards(items, folder, args):
         shares = [left[k::n_workers] for k in range(n_workers)]
         workers = []
         for k, share in enumerate(shares):
-            options = (folder / f"{rank}_{k}.jsonl", call_reward(share, function, args), len(share))
+            options = (folder / f"{rank}_{k}.jsonl", call_reward(share, function, args))
             workers.append(fork.Process(target=write_results, args=options))
             workers[-1].start()
         for worker in workers:
@@ -620,7 +617,7 @@ def call_rewards(items, folder, args):
         done = read_results(folder)
         for share in shares:  # the first without an answer ended its worker
             killers = [item.key for item in share if item.key not in done][:1]
-            write_results(folder / f"{rank}_lost.jsonl", [(key, lost) for key in killers], 1)
+            write_results(folder / f"{rank}_lost.jsonl", [(key, lost) for key in killers])
             done |= dict.fromkeys(killers, lost)
 
 
@@ -735,14 +732,12 @@ def read_results(folder):
     return found
 
 
-def write_results(path, results, n_total):
+def write_results(path, results):
     """Appends each (key, result) that an engine yields to a file."""
-    quiet = path.name != "0_0.jsonl" or not sys.stdout.isatty()
     with open(path, "a") as file:
-        file.write("\n")  # a line that a kill cut off becomes a line of its own
-        for key, result in tqdm(results, "infer", n_total, file=sys.stdout, mininterval=2, disable=quiet):
-            file.write(json.dumps([key, result]) + "\n")
-            file.flush()
+        print(file=file)  # a line that a kill cut off becomes a line of its own
+        for key, result in results:
+            print(json.dumps([key, result]), file=file, flush=True)
 
 
 def run_stage(items, folder, tokenizer, args):
@@ -758,7 +753,7 @@ def run_stage(items, folder, tokenizer, args):
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if todo:
         results = engines[args.eval_task](todo, tokenizer, args, device)
-        write_results(folder / f"{rank}_0.jsonl", results, sum(map(len, todo)))
+        write_results(folder / f"{rank}_0.jsonl", results)
 
 
 def write_rows(path, rows):
@@ -773,15 +768,14 @@ def write_outputs(rows, items, folder, identity, args):
     """Writes the outputs and, behind them, what made them; then the parts go."""
     results = read_results(folder)
     found = {item.key: results[item.key] for item in items}  # all of them, or the nodes share no disk
-    answers = found.values()
-    errors = collections.Counter(x.pop("reward_error") for x in answers if "reward_error" in x)
+    errors = collections.Counter(x.pop("reward_error") for x in found.values() if "reward_error" in x)
+    for error, n in errors.most_common(5):
+        note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
     if args.eval_task in ("rm", "logps"):
-        nothing = {"reward": None} if args.eval_task == "rm" else {"logps": None, "tokens": None}
+        nothing = dict.fromkeys(found[items[0].key])  # {"reward": None}
         rows = [row | found.get((i, 0), nothing) for i, row in rows.items()]
     else:
         rows = [item.row | found[item.key] for item in items]
-    for error, n in errors.most_common(5):
-        note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
     summary = {"rows": len(rows)}
     if args.eval_task == "rm":
         scored = [row for row in rows if row["reward"] is not None]
