@@ -263,14 +263,12 @@ def tokenize(text, tokenizer, add_bos):
 
 
 def conditioned(prompt, reward, args):
-    """The prompt, text or messages, with the reward in its last user turn."""
+    """The prompt, text or messages, with the reward in its last turn."""
     template = args.reward_template.replace("{reward}", f"{round(reward, 2) + 0.0:.2f}")  # 0.00, never -0.00
     if isinstance(prompt, str):
         return template.replace("{input}", prompt)
-    messages = [dict(message) for message in prompt]
-    users = [message for message in messages if message["role"] == "user"] or messages
-    users[-1]["content"] = template.replace("{input}", users[-1]["content"])
-    return messages
+    last = prompt[-1]
+    return [*prompt[:-1], last | {"content": template.replace("{input}", last["content"])}]
 
 
 def render_prompt(prompt, tokenizer, args):
@@ -306,14 +304,14 @@ def sampling_items(i, row, tokenizer, config, args):
     if not 0 < len(ids) <= args.prompt_max_len:
         raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
     fields |= {name: row[name] for name in row if name not in (prompt_key, *OUR_COLUMNS)}
-    sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
-    return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
+    samples = [{"id": i, "sample": k, "input": text, **fields} for k in range(args.best_of_n)]
+    return [Item((i, sample["sample"]), ids, [], sample) for sample in samples]
 
 
 def row_texts(row, chat, args):
-    """(prompt, response) of a row: two texts, or messages and the assistant's message that follows them."""
+    """(prompt, response) of a row, the prompt as text or messages."""
     _, prompt, response = read_columns(row, args)
-    if row.get("finish_reason"):  # our own: input is rendered for the policy, messages are not
+    if "finish_reason" in row:  # our own: input is rendered for the policy, messages are not
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
@@ -325,33 +323,33 @@ def row_texts(row, chat, args):
         return messages[0]["content"], messages[1]["content"]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("no response after a prompt: --output_key COLUMN, or an assistant turn")
-    return messages[:-1], messages[-1]
+    return messages[:-1], messages[-1]["content"]
 
 
 def scoring_items(i, row, tokenizer, config, args):
     """The one Item of a row: texts for a reward function, or ids as a reward model or the policy reads it."""
-    is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
+    is_ours = "finish_reason" in row
+    cut = row.get("finish_reason") == "length"
     if is_ours and args.eval_task == "logps":
         prompt, response = row["input"], row["output"]
     else:
         prompt, response = row_texts(row, args.apply_chat_template, args)
     if args.reward_fn:
-        response = response if isinstance(response, str) else response["content"]
         return [Item((i, 0), prompt, response, row)]
     # Hugging Face's reward models, unlike OpenRLHF's, read all that a chat template writes.
     is_classifier = "ForSequenceClassification" in str(config.architectures)
     to_eos = hasattr(config, "value_head_prefix") or not is_classifier
-    if isinstance(prompt, str):
+    is_text = isinstance(prompt, str)
+    add_bos = is_text and not (is_ours and "messages" in row)  # a rendered chat has its own
+    add_eos = (is_text or to_eos) and not cut
+    if is_text:
         asked = prompt if is_ours else args.input_template.replace("{}", prompt)
         text = asked + response
-        add_bos = not (is_ours and "messages" in row)  # a rendered chat has its own
-        add_eos = not cut
     else:
         asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        messages = [*prompt, {"role": "assistant", "content": response}]
         # continue_final_message: without what the template writes behind an answer
-        text = tokenizer.apply_chat_template([*prompt, response], tokenize=False, continue_final_message=cut)
-        add_bos = False
-        add_eos = to_eos and not cut
+        text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=cut)
         if add_eos:
             text = text.rstrip("\n")
     ids, ends = tokenize(text, tokenizer, add_bos)
@@ -403,15 +401,15 @@ def make_batches(items, size):
 
 
 def find_stops(own, tokenizer):
-    """The ids that end a sample: EOS, and what generation_config.json or else config.json names, one or more."""
+    """The ids that end a sample: EOS, and the model's own, one or a list, of generation_config.json."""
     own = own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *own} - {None})
 
 
 def make_seed(args, key):
     """The seed of a sample or of a batch of samples, whatever else is sampled beside it."""
-    digest = hashlib.sha256(f"{args.seed} {args.iter} {key}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    digest = hashlib.sha256(f"{args.seed} {args.iter} {key}".encode()).hexdigest()
+    return int(digest[:14], 16)
 
 
 def read_sample(prompt, sampled, tokenizer, stop_ids, args):
@@ -651,13 +649,12 @@ def best_and_worst(rows, args):
         best, worst = group[0], group[-1]
         _, prompt, chosen = read_columns(best, args)
         _, _, rejected = read_columns(worst, args)
-        margin = best["reward"] - worst["reward"]
-        if chosen == rejected or margin <= args.min_margin:
-            continue
-        pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
-        for side, row in (("chosen", best), ("rejected", worst)):
-            pair |= {f"{side}_reward": row["reward"], f"{side}_finish_reason": row.get("finish_reason")}
-        pairs.append(pair)
+        if chosen != rejected and best["reward"] - worst["reward"] > args.min_margin:
+            pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+            for side, row in (("chosen", best), ("rejected", worst)):
+                pair[f"{side}_reward"] = row["reward"]
+                pair[f"{side}_finish_reason"] = row.get("finish_reason")
+            pairs.append(pair)
     return pairs
 
 
@@ -672,12 +669,12 @@ def conditional_rows(rows, args):
         prompt, response = row_texts(row, args.apply_chat_template or is_ours, args)
         reward = (row["reward"] - mean) / (std or 1.0)
         if isinstance(prompt, list):
-            pair = {"input": conditioned(prompt, reward, args), "output": response["content"]}
+            asked = conditioned(prompt, reward, args)
         else:
             user = row.get("prompt", prompt) if is_ours else prompt  # --input_template stands around it
-            pair = {"input": prompt.replace(user, conditioned(user, reward, args)), "output": response}
+            asked = prompt.replace(user, conditioned(user, reward, args))
         kept = {name: row[name] for name in ("id", "sample", "finish_reason", "reward") if name in row}
-        made.append(kept | pair)
+        made.append(kept | {"input": asked, "output": response})
     return made
 
 
