@@ -113,15 +113,12 @@ class Args:
         if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
             die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = "{}"
+            die(f"--input_template {self.input_template!r} lacks {{}}")
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
 FREE_FLAGS = """output_path max_drop_ratio tp_size dp_size max_num_seqs gpu_memory_utilization
     flash_attn enable_prefix_caching zero_stage local_rank""".split()
-# Columns of our own rows; a prompt's columns with other names stay in the rows of its samples.
-OUR_COLUMNS = "id sample input output finish_reason tokens messages prompt plain_input reward".split()
 
 
 class Item(NamedTuple):
@@ -179,8 +176,6 @@ def load_rows(args):
                 table.append(json.loads(row.strip() or "null") if isinstance(row, str) else row)
         except ValueError as e:
             die(f"dataset {name!r}: row {len(table) + 1} is no JSON: {e}")
-        if not any(table):
-            die(f"dataset {name!r} has no rows")
         tables.append(table)
     if args.dataset_probs and len(tables) > 1:
         total = sum(map(len, tables))
@@ -277,11 +272,11 @@ def render_prompt(prompt, tokenizer, args):
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return text, tokenize(text, tokenizer, add_bos=False)[0]
     text = args.input_template.replace("{}", prompt)
-    ids, _ = tokenize(text, tokenizer, add_bos=True)
     # In training the tokenizer may join a last blank to the next word, " the": then the model writes it.
-    if text.endswith(" ") and tokenize(text + "the", tokenizer, add_bos=True)[0][: len(ids)] != ids:
+    _, ends = tokenize(text + "the", tokenizer, add_bos=True)
+    if text.endswith(" ") and len(text) not in ends:
         text = text[:-1]
-        ids, _ = tokenize(text, tokenizer, add_bos=True)
+    ids, _ = tokenize(text, tokenizer, add_bos=True)
     if ids and ids[0] == tokenizer.bos_token_id:
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text, ids
@@ -303,7 +298,8 @@ def sampling_items(i, row, tokenizer, config, args):
         text, ids = render_prompt(conditioned(prompt, args.csft_prompt, args), tokenizer, args)
     if not 0 < len(ids) <= args.prompt_max_len:
         raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
-    fields |= {name: row[name] for name in row if name not in (prompt_key, *OUR_COLUMNS)}
+    ours = [prompt_key, *"id sample input messages prompt plain_input reward".split()]
+    fields |= {name: row[name] for name in row if name not in ours}  # for reward functions
     samples = [{"id": i, "sample": k, "input": text, **fields} for k in range(args.best_of_n)]
     return [Item((i, sample["sample"]), ids, [], sample) for sample in samples]
 
@@ -444,7 +440,8 @@ def generate(batches, tokenizer, args, device):
             yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
 
 
-def start_vllm(args):
+def generate_vllm(batches, tokenizer, args, device):
+    """One request per sample, with its own seed: no other request changes it."""
     settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_num_seqs": args.max_num_seqs}
     settings |= {"tensor_parallel_size": args.tp_size, "gpu_memory_utilization": args.gpu_memory_utilization}
     settings["max_model_len"] = args.prompt_max_len + args.max_new_tokens
@@ -459,20 +456,12 @@ def start_vllm(args):
         settings["enable_chunked_prefill"] = False
     try:
         from vllm import LLM
-
-        return LLM(args.pretrain, **settings).llm_engine
-    except Exception as e:  # of many types
-        ways_out = "pip install -r requirements-vllm.txt, or --eval_task generate"
-        die(f"vLLM does not start: {' '.join(str(e).split())[:300]} ({ways_out})")
-
-
-def generate_vllm(batches, tokenizer, args, device):
-    """One request per sample, with its own seed: no other request changes it."""
-    engine = start_vllm(args)
-    model_config = engine.model_config.try_get_generation_config()
-    stop_ids = find_stops(model_config.get("eos_token_id"), tokenizer)
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+    except ImportError as e:
+        die(f"vLLM: {e} (pip install -r requirements-vllm.txt, or --eval_task generate)")
+    engine = LLM(args.pretrain, **settings).llm_engine
+    own_config = engine.model_config.try_get_generation_config()
+    stop_ids = find_stops(own_config.get("eos_token_id"), tokenizer)
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop_ids}
     # The text is made by read_sample; here it only finds --stop, which may be a special token.
@@ -647,8 +636,8 @@ def best_and_worst(rows, args):
     pairs = []
     for group in by_prompt(rows, args):
         best, worst = group[0], group[-1]
-        _, prompt, chosen = read_columns(best, args)
-        _, _, rejected = read_columns(worst, args)
+        prompt, chosen = row_texts(best, False, args)
+        _, rejected = row_texts(worst, False, args)
         if chosen != rejected and best["reward"] - worst["reward"] > args.min_margin:
             pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
             for side, row in (("chosen", best), ("rejected", worst)):
