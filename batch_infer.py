@@ -103,15 +103,11 @@ class Args:
             self.temperature = 0.0
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
-        if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
-            die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
         self.input_template = (self.input_template or "{}").replace("\\n", "\n")
         self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
-        if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
-            die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if "{}" not in self.input_template:
             die(f"--input_template {self.input_template!r} lacks {{}}")
 
@@ -170,13 +166,11 @@ def load_rows(args):
     """{id: row} of all datasets, with --dataset_probs their shares of as many rows; of --iter its slice."""
     tables = []
     for name in args.dataset.split(","):
-        table = []
+        table = itertools.islice(open_rows(name.strip(), args.dataset_split), args.max_samples)
         try:
-            for row in itertools.islice(open_rows(name.strip(), args.dataset_split), args.max_samples):
-                table.append(json.loads(row.strip() or "null") if isinstance(row, str) else row)
-        except ValueError as e:
-            die(f"dataset {name!r}: row {len(table) + 1} is no JSON: {e}")
-        tables.append(table)
+            tables.append([json.loads(row or "null") if isinstance(row, str) else row for row in table])
+        except json.JSONDecodeError as e:
+            die(f"dataset {name!r} has a row that is no JSON: {e}: {e.doc[:100]!r}")
     if args.dataset_probs and len(tables) > 1:
         total = sum(map(len, tables))
         sizes = [round(float(share) * total) for share in args.dataset_probs.split(",")]
@@ -259,7 +253,7 @@ def tokenize(text, tokenizer, add_bos):
 
 def conditioned(prompt, reward, args):
     """The prompt, text or messages, with the reward in its last turn."""
-    template = args.reward_template.replace("{reward}", f"{round(reward, 2) + 0.0:.2f}")  # 0.00, never -0.00
+    template = args.reward_template.replace("{reward}", f"{reward:z.2f}")  # z: 0.00, never -0.00
     if isinstance(prompt, str):
         return template.replace("{input}", prompt)
     last = prompt[-1]
@@ -300,8 +294,8 @@ def sampling_items(i, row, tokenizer, config, args):
         raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
     ours = [prompt_key, *"id sample input messages prompt plain_input reward".split()]
     fields |= {name: row[name] for name in row if name not in ours}  # for reward functions
-    samples = [{"id": i, "sample": k, "input": text, **fields} for k in range(args.best_of_n)]
-    return [Item((i, sample["sample"]), ids, [], sample) for sample in samples]
+    sample = {"id": i, "sample": 0, "input": text, **fields}
+    return [Item((i, k), ids, [], sample | {"sample": k}) for k in range(args.best_of_n)]
 
 
 def row_texts(row, chat, args):
@@ -311,9 +305,6 @@ def row_texts(row, chat, args):
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
-        is_bare = "plain_input" in row and "messages" not in row and "prompt" not in row
-        if is_bare:  # the response has the blank that ended the prompt
-            response = response.removeprefix(" ")
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if not (chat or isinstance(prompt, list) or isinstance(response, list)):
         return messages[0]["content"], messages[1]["content"]
@@ -423,8 +414,8 @@ def generate(batches, tokenizer, args, device):
     """Hugging Face's model.generate, with a seed per batch."""
     model = load_weights(transformers.AutoModelForCausalLM, args, device)
     stop_ids = find_stops(model.generation_config.eos_token_id, tokenizer)
-    settings = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    settings |= {"repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    settings = {name: getattr(args, name) for name in names}
     settings |= {"do_sample": args.temperature > 0, "pad_token_id": stop_ids[0], "eos_token_id": stop_ids}
     model.generation_config = transformers.GenerationConfig(**settings)  # in place of the checkpoint's own
     stopping = []
@@ -450,10 +441,9 @@ def generate_vllm(batches, tokenizer, args, device):
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # runs our last lines
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
-        # Samples share whole blocks of a prompt.
-        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32}
-        # Half a prompt in a step would end a seeded request: "CPU Generator does not use offset".
-        settings["enable_chunked_prefill"] = False
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+        settings["block_size"] = 32  # samples share whole blocks of a prompt
+        settings["enable_chunked_prefill"] = False  # half a prompt in a step would end a seeded request
     try:
         from vllm import LLM
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -475,7 +465,6 @@ def generate_vllm(batches, tokenizer, args, device):
         for output in engine.step():
             item, sampled = items[int(output.request_id)], list(output.outputs[0].token_ids)
             yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
-    engine.engine_core.shutdown()
 
 
 def die_with_parent(parent):
@@ -513,8 +502,7 @@ def hidden_states(body, batch, device):
         position_ids = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
         options = {"past_key_values": cache, "attention_mask": mask, "position_ids": position_ids}
     hidden = body(ids, **options).last_hidden_state
-    ends = [len(row) for row in rows]
-    return [states[end - len(item.response) : end] for item, states, end in zip(batch, hidden, ends)]
+    return [states[: len(row)][-len(item.response) :] for item, states, row in zip(batch, hidden, rows)]
 
 
 def score(batches, tokenizer, args, device):
@@ -650,13 +638,13 @@ def best_and_worst(rows, args):
 def conditional_rows(rows, args):
     """Conditional SFT: each response, with its reward in the prompt, as a row for sft.py."""
     rewards = [row["reward"] for row in rows]
-    mean = statistics.mean(rewards) if args.normalize_reward else 0.0
-    std = statistics.pstdev(rewards) if args.normalize_reward else 1.0
+    mean = statistics.mean(rewards)
+    std = statistics.pstdev(rewards) or 1.0
     made = []
     for row in rows:
         is_ours = "finish_reason" in row
         prompt, response = row_texts(row, args.apply_chat_template or is_ours, args)
-        reward = (row["reward"] - mean) / (std or 1.0)
+        reward = (row["reward"] - mean) / std if args.normalize_reward else row["reward"]
         if isinstance(prompt, list):
             asked = conditioned(prompt, reward, args)
         else:
@@ -703,7 +691,6 @@ def open_stage(args):
     if os.path.exists(args.output_path):
         note(f"notice {args.output_path} will be replaced: it was not made by this command")
     folder.mkdir(parents=True, exist_ok=True)
-    Path(outputs[-1]).parent.mkdir(parents=True, exist_ok=True)
     return folder, identity
 
 
@@ -762,11 +749,10 @@ def write_outputs(rows, items, folder, identity, args):
         rows = [row | found.get((i, 0), nothing) for i, row in rows.items()]
     else:
         rows = [item.row | found[item.key] for item in items]
-    summary = {"rows": len(rows)}
+    summary = {}
     if args.eval_task == "rm":
         scored = [row for row in rows if row["reward"] is not None]
         if not scored:
-            shutil.rmtree(folder)  # the same command shall try again
             die(f"no row has a reward: {next(iter(errors), 'the model gives NaN')}")
         rewards = [row["reward"] for row in scored]
         summary["reward_mean"] = statistics.mean(rewards)
@@ -776,12 +762,11 @@ def write_outputs(rows, items, folder, identity, args):
         processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
         if args.post_processor in processors:
             rows = processors[args.post_processor](scored, args)
-            summary["selected"] = len(rows)
     write_rows(args.output_path, rows)
     identity["content"] = [stamp(path) for path in (args.output_path, args.scored_path) if path]
     write_rows(f"{args.output_path}.meta.json", [{"identity": identity, "summary": summary}])
     shutil.rmtree(folder.parent)
-    note(f"saved  {args.output_path}  {summary}")
+    note(f"saved  {args.output_path}  {len(rows):,} rows  {summary or ''}")
 
 
 def main(args):

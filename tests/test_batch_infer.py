@@ -462,7 +462,6 @@ def test_bad_input(home, samples, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
     scored = {"task": "rm", "dataset": str(home / "samples.jsonl")}
     cases = {
-        "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
         " x longer than 20 tokens (--max_len": scored | {"max_len": 20},
         "KeyError: 'missing'; it must be FILE.py:NAME": scored | {"reward_fn": f"{home}/my-rewards.py:missing"},
