@@ -170,7 +170,7 @@ def load_rows(args):
         try:
             tables.append([json.loads(row or "null") if isinstance(row, str) else row for row in table])
         except json.JSONDecodeError as e:
-            die(f"dataset {name!r} has a row that is no JSON: {e}: {e.doc[:100]!r}")
+            die(f"dataset {name!r} has a row that is no JSON: {e}: {e.doc:.100}")
     if args.dataset_probs and len(tables) > 1:
         total = sum(map(len, tables))
         sizes = [round(float(share) * total) for share in args.dataset_probs.split(",")]
@@ -188,7 +188,7 @@ def read_columns(row, args):
     """(name of the prompt's column, prompt, response) of a row; no response: []."""
     # Columns of prompt and response; the first that fit count, as our own rows may hold messages, too.
     layouts = [("input", "output"), ("messages", None), ("prompt", "response"), ("prompt", "completion")]
-    layouts += [("question", "answer"), ("text", None), ("prompt", None), ("input", None), ("question", None)]
+    layouts += [("question", "answer"), ("text", None), ("prompt", None), ("input", None)]
     if args.input_key or args.output_key:
         layouts = [(args.input_key or "input", args.output_key)]
     for prompt_key, response_key in layouts:
@@ -267,8 +267,7 @@ def render_prompt(prompt, tokenizer, args):
         return text, tokenize(text, tokenizer, add_bos=False)[0]
     text = args.input_template.replace("{}", prompt)
     # In training the tokenizer may join a last blank to the next word, " the": then the model writes it.
-    _, ends = tokenize(text + "the", tokenizer, add_bos=True)
-    if text.endswith(" ") and len(text) not in ends:
+    if text.endswith(" ") and len(text) not in tokenize(text + "the", tokenizer, add_bos=True)[1]:
         text = text[:-1]
     ids, _ = tokenize(text, tokenizer, add_bos=True)
     if ids and ids[0] == tokenizer.bos_token_id:
@@ -342,14 +341,13 @@ def scoring_items(i, row, tokenizer, config, args):
     ids, ends = tokenize(text, tokenizer, add_bos)
     if add_eos and not text.endswith(tokenizer.eos_token):
         ids = [*ids, tokenizer.eos_token_id]
-    start = len(os.path.commonprefix([text, asked]))
-    first = max(1, sum(end <= start for end in ends))  # of the response
     if len(ids) > args.max_len:
         raise ValueError(f"longer than {args.max_len} tokens (--max_len, or the model's positions)")
+    start = len(os.path.commonprefix([text, asked]))
+    last = max(1, sum(end <= start for end in ends)) - 1  # of the prompt: it predicts the response
     # A Hugging Face head looks at the last token that is no padding: let that be the last one.
-    while not to_eos and len(ids) > 1 and ids[-1] == config.get_text_config().pad_token_id:
+    while not to_eos and len(ids) > last + 1 and ids[-1] == config.get_text_config().pad_token_id:
         ids.pop()
-    last = min(first, len(ids)) - 1  # of the prompt: it predicts the response
     return [Item((i, 0), ids[:last], ids[last:], row)]
 
 
@@ -512,8 +510,8 @@ def score(batches, tokenizer, args, device):
     options = {"config": config, "key_mapping": {rf"^{prefix}\.": "score."}}
     model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
     head = model.score.float()
-    mean = getattr(config, "mean", None) or 0.0
-    std = getattr(config, "std", None) or 1.0
+    mean = getattr(config, "mean", 0.0)
+    std = getattr(config, "std", 1.0)
     for batch in batches:
         last = torch.stack([states[-1] for states in hidden_states(model.base_model, batch, device)])
         rewards = (head(last.float())[:, 0] - mean) / std
@@ -563,9 +561,8 @@ def call_reward(items, function, args):
         # Unlike an alarm it ends also what catches every exception, or hangs in C.
         faulthandler.dump_traceback_later(args.reward_timeout, exit=True, file=quiet)
         try:
-            result = {"reward": float(function(item.prompt, item.response, item.row))}
-            if not math.isfinite(result["reward"]):
-                raise ValueError(f"the reward is {result['reward']}")
+            reward = float(function(item.prompt, item.response, item.row))
+            result = {"reward": reward if math.isfinite(reward) else None}
         except (Exception, SystemExit) as e:
             result = {"reward": None, "reward_error": repr(e)}
         faulthandler.cancel_dump_traceback_later()
@@ -578,7 +575,7 @@ def call_rewards(items, folder, args):
     function = load_reward(args.reward_fn)
     fork = multiprocessing.get_context("fork")  # the file is loaded; no GPU or thread is in use yet
     rank, n_workers = os.environ["RANK"], torch.get_num_threads()
-    lost = {"reward": None, "reward_error": f"no answer in {args.reward_timeout:g} s, or its process ended"}
+    lost = {"reward": None, "reward_error": f"no answer in {args.reward_timeout} s, or its process ended"}
     done = read_results(folder)
     while left := [item for item in items if item.key not in done]:
         shares = [left[k::n_workers] for k in range(n_workers)]
@@ -605,7 +602,7 @@ def by_prompt(rows, args):
     for row in rows:
         prompt, _ = row_texts(row, False, args)
         number = row.get("id") if "finish_reason" in row else None  # else it may be the response's
-        groups[json.dumps([number, prompt], default=str)].append(row)
+        groups[repr([number, prompt])].append(row)
     return [sorted(group, key=lambda row: -row["reward"]) for group in groups.values()]
 
 
@@ -718,8 +715,7 @@ def run_stage(items, folder, tokenizer, args):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if args.reward_fn:
         return call_rewards(items[rank::world_size], folder, args)
-    sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
-    batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
+    batches = make_batches(items, args.micro_batch_size * args.best_of_n)  # alike on all ranks
     done = read_results(folder)
     todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
     engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
@@ -753,10 +749,9 @@ def write_outputs(rows, items, folder, identity, args):
     if args.eval_task == "rm":
         scored = [row for row in rows if row["reward"] is not None]
         if not scored:
-            die(f"no row has a reward: {next(iter(errors), 'the model gives NaN')}")
+            die(f"no row has a reward: {next(iter(errors), 'all are NaN')}")
         rewards = [row["reward"] for row in scored]
-        summary["reward_mean"] = statistics.mean(rewards)
-        summary["reward_std"] = statistics.pstdev(rewards)  # 0 for equal numbers, unlike numpy's
+        summary = {"reward_mean": statistics.mean(rewards), "reward_std": statistics.pstdev(rewards)}
         if args.scored_path:
             write_rows(args.scored_path, rows)
         processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
