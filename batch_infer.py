@@ -8,10 +8,9 @@ id: the row's index in --dataset. input: what the model saw, with template and B
 prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or not ("length").
 
  1. Results reach the disk as they come: killed at any moment, the same command does the rest.
- 2. A prompt is read once for all its samples, by vLLM and in scoring. Nothing is cut to fit.
- 3. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
+ 2. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
     --apply_chat_template messages in its own template. Rewards are (score - mean) / std of its config.json.
- 4. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
+ 3. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
     as in prompts of --csft_prompt; the samples of such prompts are scored as answers to the plain prompt.
 
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
@@ -117,9 +116,7 @@ FREE_FLAGS = """output_path max_drop_ratio tp_size dp_size max_num_seqs gpu_memo
     flash_attn enable_prefix_caching zero_stage local_rank""".split()
 
 
-class Item(NamedTuple):
-    """One unit of work: a sample to draw, a response to score, a reward function to call."""
-
+class Item(NamedTuple):  # a sample to draw, a response to score, or a reward function to call
     key: tuple  # (id of the row, number of the sample)
     prompt: list | str  # token ids; for a function text or messages
     response: list | str  # token ids behind a token of the prompt, which predicts the first of them; or text
@@ -448,8 +445,7 @@ def generate_vllm(batches, tokenizer, args, device):
     except ImportError as e:
         die(f"vLLM: {e} (pip install -r requirements-vllm.txt, or --eval_task generate)")
     engine = LLM(args.pretrain, **settings).llm_engine
-    own_config = engine.model_config.try_get_generation_config()
-    stop_ids = find_stops(own_config.get("eos_token_id"), tokenizer)
+    stop_ids = find_stops(engine.model_config.try_get_generation_config().get("eos_token_id"), tokenizer)
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop_ids}
     # The text is made by read_sample; here it only finds --stop, which may be a special token.
@@ -483,7 +479,7 @@ def run_engine(k, items, folder, tokenizer, args):
 
 def hidden_states(body, batch, device):
     """The last hidden states of each item's response, tensors [R, H]. A prompt is read once."""
-    prompts = [list(ids) for ids in {tuple(item.prompt): None for item in batch}]
+    prompts = [list(ids) for ids in {tuple(item.prompt) for item in batch}]
     if len(prompts) == len(batch) or [] in prompts or body._is_stateful:  # nothing to share, or a hybrid
         rows = [item.prompt + item.response for item in batch]
         ids, _ = pad(rows, device)  # without a mask: no token sees the padding behind it
@@ -525,7 +521,7 @@ def measure(batches, tokenizer, args, device):
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    size = max(16, 2**26 // head.weight.shape[0])
+    size = 2**26 // head.weight.shape[0]
     for batch in batches:
         for item, states in zip(batch, hidden_states(model.base_model, batch, device)):
             targets = torch.tensor(item.response[1:], device=device)
@@ -625,9 +621,9 @@ def best_and_worst(rows, args):
         _, rejected = row_texts(worst, False, args)
         if chosen != rejected and best["reward"] - worst["reward"] > args.min_margin:
             pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
-            for side, row in (("chosen", best), ("rejected", worst)):
-                pair[f"{side}_reward"] = row["reward"]
-                pair[f"{side}_finish_reason"] = row.get("finish_reason")
+            pair |= {"chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
+            pair["chosen_finish_reason"] = best.get("finish_reason")
+            pair["rejected_finish_reason"] = worst.get("finish_reason")
             pairs.append(pair)
     return pairs
 
