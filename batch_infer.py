@@ -242,9 +242,9 @@ def tokenize(text, tokenizer, add_bos):
     encoded = tokenizer(text, add_special_tokens=add_bos, return_offsets_mapping=True)
     ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
     while ids and ends[-1] == 0:  # the EOS that some tokenizers append
-        ids, ends = ids[:-1], ends[:-1]
+        del ids[-1], ends[-1]
     if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text brought its own
-        ids, ends = ids[1:], ends[1:]
+        del ids[0], ends[0]
     return ids, ends
 
 
@@ -409,8 +409,8 @@ def generate(batches, tokenizer, args, device):
     """Hugging Face's model.generate, with a seed per batch."""
     model = load_weights(transformers.AutoModelForCausalLM, args, device)
     stop_ids = find_stops(model.generation_config.eos_token_id, tokenizer)
-    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    settings |= {"repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens}
     settings |= {"do_sample": args.temperature > 0, "pad_token_id": stop_ids[0], "eos_token_id": stop_ids}
     model.generation_config = transformers.GenerationConfig(**settings)  # in place of the checkpoint's own
     stopping = []
