@@ -183,7 +183,7 @@ def load_rows(args):
 
 def read_columns(row, args):
     """(name of the prompt's column, prompt, response) of a row; no response: []."""
-    # Columns of prompt and response; the first that fit count, as our own rows may hold messages, too.
+    # Columns of prompt and response. The first that are there count: our own rows may hold messages, too.
     layouts = [("input", "output"), ("messages", None), ("prompt", "response"), ("prompt", "completion")]
     layouts += [("question", "answer"), ("text", None), ("prompt", None), ("input", None)]
     if args.input_key or args.output_key:
@@ -737,7 +737,7 @@ def write_outputs(rows, items, folder, identity, args):
     for error, n in errors.most_common(5):
         note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
     if args.eval_task in ("rm", "logps"):
-        nothing = dict.fromkeys(found[items[0].key])  # {"reward": None}
+        nothing = dict.fromkeys(found[items[0].key])  # such as {"reward": None}
         rows = [row | found.get((i, 0), nothing) for i, row in rows.items()]
     else:
         rows = [item.row | found[item.key] for item in items]

@@ -360,7 +360,7 @@ def test_reward_functions(home, samples, tmp_path):
 
 
 def test_calls_without_a_reward(home, tmp_path, capsys):
-    """An error, a hang, a crash, an exit or NaN gives null, is counted, and harms no other row."""
+    """An error, a hang, a crash, an exit or NaN gives null, and harms no other row; errors are counted."""
     kinds = ["ok", "raise", "sleep", "ok", "die", "exit", "nan", "ok", "hang"] + ["ok"] * 8
     rows = [{"input": "Q", "output": "A", "kind": kind, "answer": i} for i, kind in enumerate(kinds)]
     flags = {"dataset": write_rows(tmp_path / "x.jsonl", rows), "pretrain": "", "reward_timeout": 0.5}
