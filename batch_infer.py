@@ -8,10 +8,9 @@ id: the row's index in --dataset. input: what the model saw, with template and B
 prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or not ("length").
 
  1. Results reach the disk as they come: killed at any moment, the same command does the rest.
- 2. A prompt is read once for all its samples, by vLLM and in scoring. Nothing is cut to fit.
- 3. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
+ 2. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
     --apply_chat_template messages in its own template. Rewards are (score - mean) / std of its config.json.
- 4. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
+ 3. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
     as in prompts of --csft_prompt; the samples of such prompts are scored as answers to the plain prompt.
 
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
@@ -44,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import tyro
-from tqdm import tqdm
 
 
 @dataclass
@@ -102,34 +100,23 @@ class Args:
     def __post_init__(self):
         if self.greedy_sampling:
             self.temperature = 0.0
-        if self.temperature <= 0 and self.best_of_n > 1:
-            die(f"--best_of_n {self.best_of_n}: greedy samples are all the same; use --temperature")
         if self.eval_task != "rm" and (self.post_processor != "null" or self.scored_path or self.reward_fn):
             die(f"--post_processor, --scored_path, --reward_fn are of --eval_task rm, not {self.eval_task}")
-        if self.eval_task == "generate_vllm" and "LOCAL_RANK" in os.environ:
-            die("generate_vllm is one process: start it with python; --dp_size and --tp_size use more GPUs")
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
         self.input_template = (self.input_template or "{}").replace("\\n", "\n")
         self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
-        if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
-            die(f"--reward_template {self.reward_template!r} lacks {{input}} or {{reward}}")
         if "{}" not in self.input_template:
-            note(f"notice --input_template {self.input_template!r} has no {{}}: prompts are used as they are")
-            self.input_template = "{}"
+            die(f"--input_template {self.input_template!r} lacks {{}}")
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
 FREE_FLAGS = """output_path max_drop_ratio tp_size dp_size max_num_seqs gpu_memory_utilization
     flash_attn enable_prefix_caching zero_stage local_rank""".split()
-# Columns of our own rows; a prompt's columns with other names stay in the rows of its samples.
-OUR_COLUMNS = "id sample input output finish_reason tokens messages prompt plain_input reward".split()
 
 
-class Item(NamedTuple):
-    """One unit of work: a sample to draw, a response to score, a reward function to call."""
-
+class Item(NamedTuple):  # a sample to draw, a response to score, or a reward function to call
     key: tuple  # (id of the row, number of the sample)
     prompt: list | str  # token ids; for a function text or messages
     response: list | str  # token ids behind a token of the prompt, which predicts the first of them; or text
@@ -176,15 +163,11 @@ def load_rows(args):
     """{id: row} of all datasets, with --dataset_probs their shares of as many rows; of --iter its slice."""
     tables = []
     for name in args.dataset.split(","):
-        table = []
+        table = itertools.islice(open_rows(name.strip(), args.dataset_split), args.max_samples)
         try:
-            for row in itertools.islice(open_rows(name.strip(), args.dataset_split), args.max_samples):
-                table.append(json.loads(row.strip() or "null") if isinstance(row, str) else row)
-        except ValueError as e:
-            die(f"dataset {name!r}: row {len(table) + 1} is no JSON: {e}")
-        if not any(table):
-            die(f"dataset {name!r} has no rows")
-        tables.append(table)
+            tables.append([json.loads(row or "null") if isinstance(row, str) else row for row in table])
+        except json.JSONDecodeError as e:
+            die(f"dataset {name!r} has a row that is no JSON: {e}: {e.doc:.100}")
     if args.dataset_probs and len(tables) > 1:
         total = sum(map(len, tables))
         sizes = [round(float(share) * total) for share in args.dataset_probs.split(",")]
@@ -200,21 +183,15 @@ def load_rows(args):
 
 def read_columns(row, args):
     """(name of the prompt's column, prompt, response) of a row; no response: []."""
-    layouts = [("messages", None), ("conversations", None), ("instruction", "output"), ("input", "output")]
-    layouts += [("prompt", "response"), ("prompt", "completion"), ("question", "answer")]
-    layouts += [(name, None) for name in "text prompt instruction input question problem".split()]
-    if {"input", "output", "finish_reason"} <= set(row):  # of batch_infer.py; it may hold messages too
-        layouts = [("input", "output")]
+    # Columns of prompt and response. The first that are there count: our own rows may hold messages, too.
+    layouts = [("input", "output"), ("messages", None), ("prompt", "response"), ("prompt", "completion")]
+    layouts += [("question", "answer"), ("text", None), ("prompt", None), ("input", None)]
     if args.input_key or args.output_key:
         layouts = [(args.input_key or "input", args.output_key)]
-    fitting = [keys for keys in layouts if {*keys} <= {None, *row}]
-    if not fitting:
-        raise ValueError(f"--input_key and --output_key must be among the columns {', '.join(row)}")
-    prompt_key, response_key = fitting[0]
-    prompt = row[prompt_key]
-    if prompt_key == "instruction" and row.get("input"):  # Alpaca's rows
-        prompt = f"{prompt}\n\n{row['input']}"
-    return prompt_key, prompt, row.get(response_key, [])
+    for prompt_key, response_key in layouts:
+        if {prompt_key, response_key} <= {None, *row}:
+            return prompt_key, row[prompt_key], row.get(response_key, [])
+    raise ValueError(f"--input_key and --output_key must be among the columns {', '.join(row)}")
 
 
 def collect(make, rows, tokenizer, config, args):
@@ -265,21 +242,19 @@ def tokenize(text, tokenizer, add_bos):
     encoded = tokenizer(text, add_special_tokens=add_bos, return_offsets_mapping=True)
     ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
     while ids and ends[-1] == 0:  # the EOS that some tokenizers append
-        ids, ends = ids[:-1], ends[:-1]
+        del ids[-1], ends[-1]
     if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text brought its own
-        ids, ends = ids[1:], ends[1:]
+        del ids[0], ends[0]
     return ids, ends
 
 
 def conditioned(prompt, reward, args):
-    """The prompt, text or messages, with the reward in its last user turn."""
-    template = args.reward_template.replace("{reward}", f"{round(reward, 2) + 0.0:.2f}")  # 0.00, never -0.00
+    """The prompt, text or messages, with the reward in its last turn."""
+    template = args.reward_template.replace("{reward}", f"{reward:z.2f}")  # z: 0.00, never -0.00
     if isinstance(prompt, str):
         return template.replace("{input}", prompt)
-    messages = [dict(message) for message in prompt]
-    users = [message for message in messages if message["role"] == "user"] or messages
-    users[-1]["content"] = template.replace("{input}", users[-1]["content"])
-    return messages
+    last = prompt[-1]
+    return [*prompt[:-1], last | {"content": template.replace("{input}", last["content"])}]
 
 
 def render_prompt(prompt, tokenizer, args):
@@ -288,11 +263,10 @@ def render_prompt(prompt, tokenizer, args):
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return text, tokenize(text, tokenizer, add_bos=False)[0]
     text = args.input_template.replace("{}", prompt)
-    ids, _ = tokenize(text, tokenizer, add_bos=True)
     # In training the tokenizer may join a last blank to the next word, " the": then the model writes it.
-    if text.endswith(" ") and tokenize(text + "the", tokenizer, add_bos=True)[0][: len(ids)] != ids:
+    if text.endswith(" ") and len(text) not in tokenize(text + "the", tokenizer, add_bos=True)[1]:
         text = text[:-1]
-        ids, _ = tokenize(text, tokenizer, add_bos=True)
+    ids, _ = tokenize(text, tokenizer, add_bos=True)
     if ids and ids[0] == tokenizer.bos_token_id:
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return text, ids
@@ -314,72 +288,63 @@ def sampling_items(i, row, tokenizer, config, args):
         text, ids = render_prompt(conditioned(prompt, args.csft_prompt, args), tokenizer, args)
     if not 0 < len(ids) <= args.prompt_max_len:
         raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
-    fields |= {name: row[name] for name in row if name not in (prompt_key, *OUR_COLUMNS)}
-    sample = {"input": text, "output": None, "finish_reason": None, "tokens": None, **fields}
-    return [Item((i, k), ids, [], {"id": i, "sample": k, **sample}) for k in range(args.best_of_n)]
+    ours = [prompt_key, *"id sample input messages prompt plain_input reward".split()]
+    fields |= {name: row[name] for name in row if name not in ours}  # for reward functions
+    sample = {"id": i, "sample": 0, "input": text, **fields}
+    return [Item((i, k), ids, [], sample | {"sample": k}) for k in range(args.best_of_n)]
 
 
 def row_texts(row, chat, args):
-    """(prompt, response) of a row: two texts, or messages and the assistant's message that follows them."""
+    """(prompt, response) of a row, the prompt as text or messages."""
     _, prompt, response = read_columns(row, args)
-    if response == [] and args.post_processor == "iter_dpo":
-        raise ValueError("iter_dpo needs a column of responses, not whole conversations")
-    if row.get("finish_reason"):  # our own: input is rendered for the policy, messages are not
+    if "finish_reason" in row:  # our own: input is rendered for the policy, messages are not
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
-        is_bare = "plain_input" in row and "messages" not in row and "prompt" not in row
-        if is_bare and not row["input"].endswith(" "):  # the response has the blank that ended the prompt
-            response = response.removeprefix(" ")
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if not (chat or isinstance(prompt, list) or isinstance(response, list)):
         return messages[0]["content"], messages[1]["content"]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if len(messages) < 2:
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("no response after a prompt: --output_key COLUMN, or an assistant turn")
-    return messages[:-1], messages[-1]
+    return messages[:-1], messages[-1]["content"]
 
 
 def scoring_items(i, row, tokenizer, config, args):
     """The one Item of a row: texts for a reward function, or ids as a reward model or the policy reads it."""
-    is_ours, cut = bool(row.get("finish_reason")), row.get("finish_reason") == "length"
+    is_ours = "finish_reason" in row
+    cut = row.get("finish_reason") == "length"
     if is_ours and args.eval_task == "logps":
         prompt, response = row["input"], row["output"]
     else:
         prompt, response = row_texts(row, args.apply_chat_template, args)
     if args.reward_fn:
-        response = response if isinstance(response, str) else response["content"]
         return [Item((i, 0), prompt, response, row)]
     # Hugging Face's reward models, unlike OpenRLHF's, read all that a chat template writes.
     is_classifier = "ForSequenceClassification" in str(config.architectures)
     to_eos = hasattr(config, "value_head_prefix") or not is_classifier
-    if isinstance(prompt, str):
+    is_text = isinstance(prompt, str)
+    add_bos = is_text and not (is_ours and "messages" in row)  # a rendered chat has its own
+    add_eos = (is_text or to_eos) and not cut
+    if is_text:
         asked = prompt if is_ours else args.input_template.replace("{}", prompt)
         text = asked + response
-        add_bos = not (is_ours and "messages" in row)  # a rendered chat has its own
-        add_eos = not cut
     else:
         asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        messages = [*prompt, {"role": "assistant", "content": response}]
         # continue_final_message: without what the template writes behind an answer
-        text = tokenizer.apply_chat_template([*prompt, response], tokenize=False, continue_final_message=cut)
-        add_bos = False
-        add_eos = to_eos and not cut
+        text = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=cut)
         if add_eos:
             text = text.rstrip("\n")
     ids, ends = tokenize(text, tokenizer, add_bos)
     if add_eos and not text.endswith(tokenizer.eos_token):
         ids = [*ids, tokenizer.eos_token_id]
-    start = len(os.path.commonprefix([text, asked]))
-    first = max(1, sum(end <= start for end in ends))  # of the response
-    if first == len(ids):
-        raise ValueError("empty response")
     if len(ids) > args.max_len:
         raise ValueError(f"longer than {args.max_len} tokens (--max_len, or the model's positions)")
+    start = len(os.path.commonprefix([text, asked]))
+    last = max(1, sum(end <= start for end in ends)) - 1  # of the prompt: it predicts the response
     # A Hugging Face head looks at the last token that is no padding: let that be the last one.
-    while not to_eos and len(ids) > 1 and ids[-1] == config.get_text_config().pad_token_id:
+    while not to_eos and len(ids) > last + 1 and ids[-1] == config.get_text_config().pad_token_id:
         ids.pop()
-    last = min(first, len(ids)) - 1  # of the prompt: it predicts the response
     return [Item((i, 0), ids[:last], ids[last:], row)]
 
 
@@ -389,10 +354,7 @@ def scoring_items(i, row, tokenizer, config, args):
 def load_weights(auto, args, device, **options):
     """The model of --pretrain by a class of transformers, with Hugging Face's own attention."""
     options |= {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "output_loading_info": True}
-    try:
-        model, info = auto.from_pretrained(args.pretrain, **options)
-    except Exception as e:  # of many types: half a download, a file that was cut off
-        die(f"model {args.pretrain!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+    model, info = auto.from_pretrained(args.pretrain, **options)
     if info["missing_keys"]:
         lacks = f"model {args.pretrain!r} lacks {min(info['missing_keys'])}"
         die(f"{lacks}: no model for --eval_task {args.eval_task}, or see --value_head_prefix")
@@ -420,19 +382,16 @@ def make_batches(items, size):
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
-def find_stops(tokenizer, args):
-    """The ids that end a sample: EOS and those of the model's generation_config.json."""
-    try:
-        stops = transformers.GenerationConfig.from_pretrained(args.pretrain).eos_token_id
-    except OSError:  # there is none: Hugging Face and vLLM take config.json's
-        stops = transformers.AutoConfig.from_pretrained(args.pretrain).get_text_config().eos_token_id
-    return sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None})
+def find_stops(own, tokenizer):
+    """The ids that end a sample: EOS, and the model's own, one or a list, of generation_config.json."""
+    own = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
 
 
 def make_seed(args, key):
     """The seed of a sample or of a batch of samples, whatever else is sampled beside it."""
-    digest = hashlib.sha256(f"{args.seed} {args.iter} {key}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    digest = hashlib.sha256(f"{args.seed} {args.iter} {key}".encode()).hexdigest()
+    return int(digest[:14], 16)
 
 
 def read_sample(prompt, sampled, tokenizer, stop_ids, args):
@@ -449,7 +408,7 @@ def read_sample(prompt, sampled, tokenizer, stop_ids, args):
 def generate(batches, tokenizer, args, device):
     """Hugging Face's model.generate, with a seed per batch."""
     model = load_weights(transformers.AutoModelForCausalLM, args, device)
-    stop_ids = find_stops(tokenizer, args)
+    stop_ids = find_stops(model.generation_config.eos_token_id, tokenizer)
     settings = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     settings |= {"repetition_penalty": args.repetition_penalty, "max_new_tokens": args.max_new_tokens}
     settings |= {"do_sample": args.temperature > 0, "pad_token_id": stop_ids[0], "eos_token_id": stop_ids}
@@ -467,11 +426,11 @@ def generate(batches, tokenizer, args, device):
             yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
 
 
-def start_vllm(args):
-    length = args.prompt_max_len + args.max_new_tokens
-    settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_model_len": length}
+def generate_vllm(batches, tokenizer, args, device):
+    """One request per sample, with its own seed: no other request changes it."""
+    settings = {"dtype": "bfloat16" if args.bf16 else "float32", "max_num_seqs": args.max_num_seqs}
     settings |= {"tensor_parallel_size": args.tp_size, "gpu_memory_utilization": args.gpu_memory_utilization}
-    settings |= {"max_num_seqs": args.max_num_seqs, "enable_prefix_caching": True, "use_tqdm_on_load": False}
+    settings["max_model_len"] = args.prompt_max_len + args.max_new_tokens
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if torch.cuda.is_available():
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # runs our last lines
@@ -479,22 +438,14 @@ def start_vllm(args):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
         settings["block_size"] = 32  # samples share whole blocks of a prompt
-        # Half a prompt in a step would end a seeded request: "CPU Generator does not use offset".
-        settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}
+        settings["enable_chunked_prefill"] = False  # half a prompt in a step would end a seeded request
     try:
         from vllm import LLM
-
-        return LLM(args.pretrain, **settings).llm_engine
-    except Exception as e:  # of many types
-        ways_out = "pip install -r requirements-vllm.txt, or --eval_task generate"
-        die(f"vLLM does not start: {' '.join(str(e).split())[:300]} ({ways_out})")
-
-
-def generate_vllm(batches, tokenizer, args, device):
-    """One request per sample, with its own seed: no other request changes it."""
-    engine, stop_ids = start_vllm(args), find_stops(tokenizer, args)
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+    except ImportError as e:
+        die(f"vLLM: {e} (pip install -r requirements-vllm.txt, or --eval_task generate)")
+    engine = LLM(args.pretrain, **settings).llm_engine
+    stop_ids = find_stops(engine.model_config.try_get_generation_config().get("eos_token_id"), tokenizer)
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop_ids}
     # The text is made by read_sample; here it only finds --stop, which may be a special token.
@@ -508,7 +459,6 @@ def generate_vllm(batches, tokenizer, args, device):
         for output in engine.step():
             item, sampled = items[int(output.request_id)], list(output.outputs[0].token_ids)
             yield item.key, read_sample(item.prompt, sampled, tokenizer, stop_ids, args)
-    engine.engine_core.shutdown()
 
 
 def die_with_parent(parent):
@@ -529,7 +479,7 @@ def run_engine(k, items, folder, tokenizer, args):
 
 def hidden_states(body, batch, device):
     """The last hidden states of each item's response, tensors [R, H]. A prompt is read once."""
-    prompts = [list(ids) for ids in {tuple(item.prompt): None for item in batch}]
+    prompts = [list(ids) for ids in {tuple(item.prompt) for item in batch}]
     if len(prompts) == len(batch) or [] in prompts or body._is_stateful:  # nothing to share, or a hybrid
         rows = [item.prompt + item.response for item in batch]
         ids, _ = pad(rows, device)  # without a mask: no token sees the padding behind it
@@ -546,8 +496,7 @@ def hidden_states(body, batch, device):
         position_ids = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
         options = {"past_key_values": cache, "attention_mask": mask, "position_ids": position_ids}
     hidden = body(ids, **options).last_hidden_state
-    ends = [len(row) for row in rows]
-    return [states[end - len(item.response) : end] for item, states, end in zip(batch, hidden, ends)]
+    return [states[: len(row)][-len(item.response) :] for item, states, row in zip(batch, hidden, rows)]
 
 
 def score(batches, tokenizer, args, device):
@@ -557,8 +506,8 @@ def score(batches, tokenizer, args, device):
     options = {"config": config, "key_mapping": {rf"^{prefix}\.": "score."}}
     model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
     head = model.score.float()
-    mean = getattr(config, "mean", None) or 0.0
-    std = getattr(config, "std", None) or 1.0
+    mean = getattr(config, "mean", 0.0)
+    std = getattr(config, "std", 1.0)
     for batch in batches:
         last = torch.stack([states[-1] for states in hidden_states(model.base_model, batch, device)])
         rewards = (head(last.float())[:, 0] - mean) / std
@@ -572,7 +521,7 @@ def measure(batches, tokenizer, args, device):
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    size = max(16, 2**26 // head.weight.shape[0])
+    size = 2**26 // head.weight.shape[0]
     for batch in batches:
         for item, states in zip(batch, hidden_states(model.base_model, batch, device)):
             targets = torch.tensor(item.response[1:], device=device)
@@ -608,9 +557,8 @@ def call_reward(items, function, args):
         # Unlike an alarm it ends also what catches every exception, or hangs in C.
         faulthandler.dump_traceback_later(args.reward_timeout, exit=True, file=quiet)
         try:
-            result = {"reward": float(function(item.prompt, item.response, item.row))}
-            if not math.isfinite(result["reward"]):
-                raise ValueError(f"the reward is {result['reward']}")
+            reward = float(function(item.prompt, item.response, item.row))
+            result = {"reward": reward if math.isfinite(reward) else None}
         except (Exception, SystemExit) as e:
             result = {"reward": None, "reward_error": repr(e)}
         faulthandler.cancel_dump_traceback_later()
@@ -623,13 +571,13 @@ def call_rewards(items, folder, args):
     function = load_reward(args.reward_fn)
     fork = multiprocessing.get_context("fork")  # the file is loaded; no GPU or thread is in use yet
     rank, n_workers = os.environ["RANK"], torch.get_num_threads()
-    lost = {"reward": None, "reward_error": f"no answer in {args.reward_timeout:g} s, or its process ended"}
+    lost = {"reward": None, "reward_error": f"no answer in {args.reward_timeout} s, or its process ended"}
     done = read_results(folder)
     while left := [item for item in items if item.key not in done]:
         shares = [left[k::n_workers] for k in range(n_workers)]
         workers = []
         for k, share in enumerate(shares):
-            options = (folder / f"{rank}_{k}.jsonl", call_reward(share, function, args), len(share))
+            options = (folder / f"{rank}_{k}.jsonl", call_reward(share, function, args))
             workers.append(fork.Process(target=write_results, args=options))
             workers[-1].start()
         for worker in workers:
@@ -637,7 +585,7 @@ def call_rewards(items, folder, args):
         done = read_results(folder)
         for share in shares:  # the first without an answer ended its worker
             killers = [item.key for item in share if item.key not in done][:1]
-            write_results(folder / f"{rank}_lost.jsonl", [(key, lost) for key in killers], 1)
+            write_results(folder / f"{rank}_lost.jsonl", [(key, lost) for key in killers])
             done |= dict.fromkeys(killers, lost)
 
 
@@ -650,7 +598,7 @@ def by_prompt(rows, args):
     for row in rows:
         prompt, _ = row_texts(row, False, args)
         number = row.get("id") if "finish_reason" in row else None  # else it may be the response's
-        groups[json.dumps([number, prompt], default=str)].append(row)
+        groups[repr([number, prompt])].append(row)
     return [sorted(group, key=lambda row: -row["reward"]) for group in groups.values()]
 
 
@@ -669,39 +617,34 @@ def best_and_worst(rows, args):
     pairs = []
     for group in by_prompt(rows, args):
         best, worst = group[0], group[-1]
-        _, prompt, chosen = read_columns(best, args)
-        _, _, rejected = read_columns(worst, args)
-        margin = best["reward"] - worst["reward"]
-        if chosen == rejected or margin <= args.min_margin:
-            continue
-        pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
-        for side, row in (("chosen", best), ("rejected", worst)):
-            pair |= {f"{side}_reward": row["reward"], f"{side}_finish_reason": row.get("finish_reason")}
-        pairs.append(pair)
+        prompt, chosen = row_texts(best, False, args)
+        _, rejected = row_texts(worst, False, args)
+        if chosen != rejected and best["reward"] - worst["reward"] > args.min_margin:
+            pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+            pair |= {"chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
+            pair["chosen_finish_reason"] = best.get("finish_reason")
+            pair["rejected_finish_reason"] = worst.get("finish_reason")
+            pairs.append(pair)
     return pairs
 
 
 def conditional_rows(rows, args):
     """Conditional SFT: each response, with its reward in the prompt, as a row for sft.py."""
     rewards = [row["reward"] for row in rows]
-    mean = statistics.mean(rewards) if args.normalize_reward else 0.0
-    std = statistics.pstdev(rewards) if args.normalize_reward else 1.0
+    mean = statistics.mean(rewards)
+    std = statistics.pstdev(rewards) or 1.0
     made = []
     for row in rows:
         is_ours = "finish_reason" in row
-        if "messages" in row and row.get("finish_reason") == "length":
-            continue  # a chat template would end what was cut
         prompt, response = row_texts(row, args.apply_chat_template or is_ours, args)
-        reward = (row["reward"] - mean) / (std or 1.0)
+        reward = (row["reward"] - mean) / std if args.normalize_reward else row["reward"]
         if isinstance(prompt, list):
-            pair = {"input": conditioned(prompt, reward, args), "output": response["content"]}
+            asked = conditioned(prompt, reward, args)
         else:
             user = row.get("prompt", prompt) if is_ours else prompt  # --input_template stands around it
-            if prompt.count(user) != 1:
-                continue  # the template holds the prompt's words, too
-            pair = {"input": prompt.replace(user, conditioned(user, reward, args)), "output": response}
+            asked = prompt.replace(user, conditioned(user, reward, args))
         kept = {name: row[name] for name in ("id", "sample", "finish_reason", "reward") if name in row}
-        made.append(kept | pair)
+        made.append(kept | {"input": asked, "output": response})
     return made
 
 
@@ -721,35 +664,26 @@ def stamp(name):
 
 def open_stage(args):
     """(folder for results, all that decides them: the identity); no folder if the output is there already."""
-    inputs = [*args.dataset.split(","), args.pretrain]
-    inputs += [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
-    inputs = [name.strip() for name in inputs if name]
+    functions = [spec.rpartition(":")[0] for spec in args.reward_fn.split(",")]
+    inputs = [name.strip() for name in [*args.dataset.split(","), args.pretrain, *functions] if name]
     outputs = [path for path in (args.output_path, args.scored_path) if path]
-    paths = [os.path.realpath(path) for path in [*outputs, *inputs]]
-    for path in paths[: len(outputs)]:
-        if os.path.isdir(path) or paths.count(path) > 1:
-            die(f"{path} cannot be written: it is a folder, our input, or named twice")
+    for path in outputs:
+        if os.path.isdir(path) or os.path.realpath(path) in map(os.path.realpath, inputs):
+            die(f"{path} cannot be written: it is a folder, or our input")
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     identity["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     identity["input files"] = [stamp(name) for name in inputs]
     command = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder = Path(f"{args.output_path}.partial", command)
     meta = Path(f"{args.output_path}.meta.json")
-    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else {}
-    wanted = identity | {"content": [stamp(path) for path in outputs]}
-    changed = [name for name in wanted if made_by.get(name) != wanted[name]]
-    if not changed:
+    made_by = json.loads(meta.read_text())["identity"] if meta.exists() else None
+    if made_by == identity | {"content": [stamp(path) for path in outputs]}:
         note(f"done   {args.output_path} is complete and made by this command: nothing to do")
         shutil.rmtree(folder.parent, ignore_errors=True)  # a kill may have left it
         return None, identity
     if os.path.exists(args.output_path):
-        why = ", ".join(changed) if made_by else "content"
-        note(f"notice {args.output_path} will be replaced: other {why}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Path(outputs[-1]).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        die(f"{args.output_path} cannot be written: {e.strerror}")
+        note(f"notice {args.output_path} will be replaced: it was not made by this command")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder, identity
 
 
@@ -764,14 +698,12 @@ def read_results(folder):
     return found
 
 
-def write_results(path, results, n_total):
+def write_results(path, results):
     """Appends each (key, result) that an engine yields to a file."""
-    quiet = path.name != "0_0.jsonl" or not sys.stdout.isatty()
     with open(path, "a") as file:
-        file.write("\n")  # a line that a kill cut off becomes a line of its own
-        for key, result in tqdm(results, "infer", n_total, file=sys.stdout, mininterval=2, disable=quiet):
-            file.write(json.dumps([key, result]) + "\n")
-            file.flush()
+        print(file=file)  # a line that a kill cut off becomes a line of its own
+        for key, result in results:
+            print(json.dumps([key, result]), file=file, flush=True)
 
 
 def run_stage(items, folder, tokenizer, args):
@@ -779,17 +711,14 @@ def run_stage(items, folder, tokenizer, args):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if args.reward_fn:
         return call_rewards(items[rank::world_size], folder, args)
-    sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
-    batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
+    batches = make_batches(items, args.micro_batch_size * args.best_of_n)  # alike on all ranks
     done = read_results(folder)
-    if done:
-        note(f"resume {len(done):,} of {len(items):,} results are there")
     todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
     engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if todo:
         results = engines[args.eval_task](todo, tokenizer, args, device)
-        write_results(folder / f"{rank}_0.jsonl", results, sum(map(len, todo)))
+        write_results(folder / f"{rank}_0.jsonl", results)
 
 
 def write_rows(path, rows):
@@ -804,35 +733,31 @@ def write_outputs(rows, items, folder, identity, args):
     """Writes the outputs and, behind them, what made them; then the parts go."""
     results = read_results(folder)
     found = {item.key: results[item.key] for item in items}  # all of them, or the nodes share no disk
-    answers = found.values()
-    errors = collections.Counter(x.pop("reward_error") for x in answers if "reward_error" in x)
+    errors = collections.Counter(x.pop("reward_error") for x in found.values() if "reward_error" in x)
+    for error, n in errors.most_common(5):
+        note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
     if args.eval_task in ("rm", "logps"):
-        nothing = {"reward": None} if args.eval_task == "rm" else {"logps": None, "tokens": None}
+        nothing = dict.fromkeys(found[items[0].key])  # such as {"reward": None}
         rows = [row | found.get((i, 0), nothing) for i, row in rows.items()]
     else:
         rows = [item.row | found[item.key] for item in items]
-    for error, n in errors.most_common(5):
-        note(f"notice --reward_fn: {n:,} calls gave no reward: {error}")
-    summary = {"rows": len(rows)}
+    summary = {}
     if args.eval_task == "rm":
         scored = [row for row in rows if row["reward"] is not None]
         if not scored:
-            shutil.rmtree(folder)  # the same command shall try again
-            die(f"no row has a reward: {next(iter(errors), 'the model gives NaN')}")
+            die(f"no row has a reward: {next(iter(errors), 'all are NaN')}")
         rewards = [row["reward"] for row in scored]
-        summary["reward_mean"] = statistics.mean(rewards)
-        summary["reward_std"] = statistics.pstdev(rewards)  # 0 for equal numbers, unlike numpy's
+        summary = {"reward_mean": statistics.mean(rewards), "reward_std": statistics.pstdev(rewards)}
         if args.scored_path:
             write_rows(args.scored_path, rows)
         processors = {"rs": best_samples, "iter_dpo": best_and_worst, "csft": conditional_rows}
         if args.post_processor in processors:
             rows = processors[args.post_processor](scored, args)
-            summary["selected"] = len(rows)
     write_rows(args.output_path, rows)
     identity["content"] = [stamp(path) for path in (args.output_path, args.scored_path) if path]
     write_rows(f"{args.output_path}.meta.json", [{"identity": identity, "summary": summary}])
     shutil.rmtree(folder.parent)
-    note(f"saved  {args.output_path}  {summary}")
+    note(f"saved  {args.output_path}  {len(rows):,} rows  {summary or ''}")
 
 
 def main(args):

