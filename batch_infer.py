@@ -7,10 +7,9 @@ Rows are JSON lines; a stage keeps the columns it finds. sft.py and dpo.py know 
 id: the row's index in --dataset. input: what the model saw, with template and BOS; messages too, where the
 prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or not ("length").
 
- 1. Results reach the disk as they come: killed at any moment, the same command does the rest.
- 2. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
+ 1. A reward model reads what it was trained on: prompt, response, EOS (not where it was cut), or with
     --apply_chat_template messages in its own template. Rewards are (score - mean) / std of its config.json.
- 3. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
+ 2. Conditional SFT (arXiv:2308.12050): the reward stands in the user's turn, in rows of --post_processor csft
     as in prompts of --csft_prompt; the samples of such prompts are scored as answers to the plain prompt.
 
     python batch_infer.py --eval_task generate_vllm --pretrain MODEL --dataset x.jsonl --output_path g.jsonl
@@ -30,7 +29,6 @@ import multiprocessing
 import os
 import runpy
 import shutil
-import signal
 import statistics
 import sys
 from dataclasses import dataclass
@@ -95,7 +93,7 @@ class Args:
     flash_attn: bool = False  # accepted for old commands; it changes nothing
     enable_prefix_caching: bool = False  # accepted for old commands: vLLM always does it
     zero_stage: int = 0  # accepted for old commands: nothing is sharded here
-    local_rank: int = -1  # accepted for old commands: the launcher sets LOCAL_RANK, too
+    local_rank: int = -1  # the deepspeed launcher gives it; what is read is LOCAL_RANK
 
     def __post_init__(self):
         if self.greedy_sampling:
@@ -108,7 +106,7 @@ class Args:
         self.input_template = (self.input_template or "{}").replace("\\n", "\n")
         self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
         if "{}" not in self.input_template:
-            die(f"--input_template {self.input_template!r} lacks {{}}")
+            self.input_template = "{}"  # such as the quotation marks that a heredoc makes of ""
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
@@ -133,9 +131,8 @@ def note(message):
 
 
 def die(message):
-    """Ends the program with one line on stderr (of each node) and exit code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    """Ends the program with one line on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -151,9 +148,6 @@ def open_rows(name, split, cache_dir=None):
             return list(json.loads(Path(path).read_bytes()))
         if kind in ("csv", "parquet", "arrow"):
             return datasets.load_dataset(kind, data_files=path, split="train", cache_dir=cache_dir)
-        if Path(path, "state.json").exists() or Path(path, "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(path)
-            return rows[split] if isinstance(rows, dict) else rows
         return datasets.load_dataset(path, subset or None, split=split, cache_dir=cache_dir)
     except Exception as e:  # of many types; the message names the cause
         die(f"dataset {name!r} has no rows that can be read: {e.__cause__ or e}"[:400])
@@ -183,9 +177,11 @@ def load_rows(args):
 
 def read_columns(row, args):
     """(name of the prompt's column, prompt, response) of a row; no response: []."""
+    if {"instruction", "input"} <= {*row} and not args.input_key and "finish_reason" not in row:
+        raise ValueError("instruction and input are two columns of the prompt: join them, or --input_key")
     # Columns of prompt and response. The first that are there count: our own rows may hold messages, too.
-    layouts = [("input", "output"), ("messages", None), ("prompt", "response"), ("prompt", "completion")]
-    layouts += [("question", "answer"), ("text", None), ("prompt", None), ("input", None)]
+    layouts = [("input", "output"), ("messages", None), ("prompt", "completion"), ("question", "answer")]
+    layouts += [("prompt", "response"), ("prompt", None), ("input", None), ("text", None)]
     if args.input_key or args.output_key:
         layouts = [(args.input_key or "input", args.output_key)]
     for prompt_key, response_key in layouts:
@@ -214,25 +210,20 @@ def collect(make, rows, tokenizer, config, args):
 def load_tokenizer(path, args):
     """The tokenizer of a model, with --tokenizer_chat_template in place."""
     try:
-        transformers.AutoConfig.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as e:
-        die(f"model {path!r}: neither a model folder nor a known hub name: {str(e).splitlines()[0]}")
+    except (OSError, ValueError) as e:
+        die(f"{path!r} is neither a model folder with a tokenizer nor a known hub name: {str(e)[:200]!r}")
     tokenizer.chat_template = args.tokenizer_chat_template or tokenizer.chat_template
-    if args.apply_chat_template and not tokenizer.chat_template and path == args.pretrain:  # only it renders
-        die(f"model {path!r} has no chat template: --tokenizer_chat_template TEXT")
     return tokenizer
 
 
 def as_messages(value, role):
-    """value as [{"role", "content"}]: text or a number (said by role), messages, or ShareGPT's turns."""
-    names = {"from": "role", "value": "content", "human": "user", "gpt": "assistant"}  # ShareGPT's
+    """value as [{"role", "content"}]: text or a number, said by role, or messages."""
     messages = []
     for turn in value if isinstance(value, list) else [{"role": role, "content": value}]:
-        turn = {names.get(key, key): x for key, x in turn.items() if x is not None}  # Arrow adds None
+        turn = {key: x for key, x in turn.items() if x is not None}  # Arrow adds None
         if "role" not in turn or not isinstance(turn.get("content"), (str, int, float)):
             raise ValueError("neither text nor messages with role and content")
-        turn["role"] = names.get(turn["role"], turn["role"])
         messages.append(turn | {"content": str(turn["content"])})
     return messages
 
@@ -437,14 +428,15 @@ def generate_vllm(batches, tokenizer, args, device):
     else:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 9 s instead of 21
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-        settings["block_size"] = 32  # samples share whole blocks of a prompt
         settings["enable_chunked_prefill"] = False  # half a prompt in a step would end a seeded request
     try:
         from vllm import LLM
         from vllm.sampling_params import RequestOutputKind, SamplingParams
-    except ImportError as e:
-        die(f"vLLM: {e} (pip install -r requirements-vllm.txt, or --eval_task generate)")
-    engine = LLM(args.pretrain, **settings).llm_engine
+
+        engine = LLM(args.pretrain, **settings).llm_engine
+    except Exception as e:  # of many types
+        ways_out = "pip install -r requirements-vllm.txt, or --eval_task generate"
+        die(f"vLLM does not start: {' '.join(str(e).split())[:300]} ({ways_out})")
     stop_ids = find_stops(engine.model_config.try_get_generation_config().get("eos_token_id"), tokenizer)
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop_ids}
@@ -463,7 +455,7 @@ def generate_vllm(batches, tokenizer, args, device):
 
 def die_with_parent(parent):
     """From now on the kernel kills this process when its parent, a process id, ends, however that ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
 
@@ -506,8 +498,8 @@ def score(batches, tokenizer, args, device):
     options = {"config": config, "key_mapping": {rf"^{prefix}\.": "score."}}
     model = load_weights(transformers.AutoModelForSequenceClassification, args, device, **options)
     head = model.score.float()
-    mean = getattr(config, "mean", 0.0)
-    std = getattr(config, "std", 1.0)
+    mean = getattr(config, "mean", None) or 0.0
+    std = getattr(config, "std", None) or 1.0
     for batch in batches:
         last = torch.stack([states[-1] for states in hidden_states(model.base_model, batch, device)])
         rewards = (head(last.float())[:, 0] - mean) / std
@@ -551,11 +543,9 @@ def load_reward(specs):
 def call_reward(items, function, args):
     """Rewards of a Python function, in a worker process, which ends when a call takes too long."""
     die_with_parent(multiprocessing.parent_process().pid)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no result
-    quiet = open(os.devnull, "w")
     for item in items:
         # Unlike an alarm it ends also what catches every exception, or hangs in C.
-        faulthandler.dump_traceback_later(args.reward_timeout, exit=True, file=quiet)
+        faulthandler.dump_traceback_later(args.reward_timeout, exit=True, file=sys.__stderr__)
         try:
             reward = float(function(item.prompt, item.response, item.row))
             result = {"reward": reward if math.isfinite(reward) else None}
@@ -636,6 +626,8 @@ def conditional_rows(rows, args):
     made = []
     for row in rows:
         is_ours = "finish_reason" in row
+        if "messages" in row and row.get("finish_reason") == "length":
+            continue  # a chat template would end what was cut
         prompt, response = row_texts(row, args.apply_chat_template or is_ours, args)
         reward = (row["reward"] - mean) / std if args.normalize_reward else row["reward"]
         if isinstance(prompt, list):
@@ -668,6 +660,7 @@ def open_stage(args):
     inputs = [name.strip() for name in [*args.dataset.split(","), args.pretrain, *functions] if name]
     outputs = [path for path in (args.output_path, args.scored_path) if path]
     for path in outputs:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         if os.path.isdir(path) or os.path.realpath(path) in map(os.path.realpath, inputs):
             die(f"{path} cannot be written: it is a folder, or our input")
     identity = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
@@ -745,6 +738,7 @@ def write_outputs(rows, items, folder, identity, args):
     if args.eval_task == "rm":
         scored = [row for row in rows if row["reward"] is not None]
         if not scored:
+            shutil.rmtree(folder)  # the same command shall try again
             die(f"no row has a reward: {next(iter(errors), 'all are NaN')}")
         rewards = [row["reward"] for row in scored]
         summary = {"reward_mean": statistics.mean(rewards), "reward_std": statistics.pstdev(rewards)}
@@ -761,8 +755,6 @@ def write_outputs(rows, items, folder, identity, args):
 
 
 def main(args):
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -802,4 +794,7 @@ if __name__ == "__mp_main__":  # a process of vLLM's
     die_with_parent(os.getppid())
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except OSError as e:  # a wrong path or name, a folder that cannot be written, a full disk
+        die(" ".join(str(e).split()))

@@ -55,7 +55,7 @@ def read(path):
 def home(tmp_path_factory, tiny):
     """A folder with a policy, reward models, prompts and reward functions."""
     home, sizes = tmp_path_factory.mktemp("batch_infer"), {"vocab_size": len(tokenizer_with())}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}  # vLLM's CPU kernels have no heads of 16
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128}  # vLLM's CPU kernels have no heads of 16
     sizes |= {"max_position_embeddings": 256, "tie_word_embeddings": False, "initializer_range": 0.15}
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(AutoConfig.from_pretrained(tiny, **sizes))
@@ -467,7 +467,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "KeyError: 'missing'; it must be FILE.py:NAME": scored | {"reward_fn": f"{home}/my-rewards.py:missing"},
         "hang() takes 0 positional arguments but 3 were given": scored | {"reward_fn": f"{home}/my-rewards.py:hang"},
         "no row has a reward: KeyError('no such thing')": scored | {"reward_fn": f"{home}/my-rewards.py:broken"},
-        "model '': neither": {"task": "rm", "pretrain": ""},
+        "'' is neither a model folder": {"task": "rm", "pretrain": ""},
         "--input_key and --output_key must be among the columns prompt": {"input_key": "prmpt"},
         "--prompt_max_len + --max_new_tokens is more than the model's 256": {"max_new_tokens": 200},
         "empty.jsonl": {"dataset": write_rows(tmp_path / "empty.jsonl", [])},
