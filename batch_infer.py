@@ -610,10 +610,10 @@ def best_and_worst(rows, args):
         prompt, chosen = row_texts(best, False, args)
         _, rejected = row_texts(worst, False, args)
         if chosen != rejected and best["reward"] - worst["reward"] > args.min_margin:
-            pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
-            pair |= {"chosen_reward": best["reward"], "rejected_reward": worst["reward"]}
-            pair["chosen_finish_reason"] = best.get("finish_reason")
-            pair["rejected_finish_reason"] = worst.get("finish_reason")
+            asked = best["input"] if "finish_reason" in best else prompt  # of samples: what the policy saw
+            pair = {"id": best.get("id"), "prompt": asked, "chosen": chosen, "rejected": rejected}
+            for side, row in (("chosen", best), ("rejected", worst)):
+                pair |= {f"{side}_reward": row["reward"], f"{side}_finish_reason": row.get("finish_reason")}
             pairs.append(pair)
     return pairs
 
