@@ -281,8 +281,8 @@ def sampling_items(i, row, tokenizer, config, args):
         raise ValueError(f"no tokens, or more than --prompt_max_len {args.prompt_max_len}")
     ours = [prompt_key, *"id sample input messages prompt plain_input reward".split()]
     fields |= {name: row[name] for name in row if name not in ours}  # for reward functions
-    sample = {"id": i, "sample": 0, "input": text, **fields}
-    return [Item((i, k), ids, [], sample | {"sample": k}) for k in range(args.best_of_n)]
+    fields = {"input": text} | fields
+    return [Item((i, k), ids, [], {"id": i, "sample": k} | fields) for k in range(args.best_of_n)]
 
 
 def row_texts(row, chat, args):
@@ -292,6 +292,8 @@ def row_texts(row, chat, args):
         chat = chat and "messages" in row
         # Without what --csft_prompt put in: no reward model has ever seen that.
         prompt = row["messages"] if chat else row.get("plain_input", prompt)
+        if row.keys() & {"plain_input", "messages", "prompt"} == {"plain_input"} and row["input"][-1:] != " ":
+            response = response.removeprefix(" ")  # the blank that ended the reward's template
     messages = as_messages(prompt, "user") + as_messages(response, "assistant")
     if not (chat or isinstance(prompt, list) or isinstance(response, list)):
         return messages[0]["content"], messages[1]["content"]
@@ -436,7 +438,7 @@ def generate_vllm(batches, tokenizer, args, device):
         engine = LLM(args.pretrain, **settings).llm_engine
     except Exception as e:  # of many types
         ways_out = "pip install -r requirements-vllm.txt, or --eval_task generate"
-        die(f"vLLM does not start: {' '.join(str(e).split())[:300]} ({ways_out})")
+        die(f"vLLM does not start: {e} ({ways_out})")
     stop_ids = find_stops(engine.model_config.try_get_generation_config().get("eos_token_id"), tokenizer)
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop_ids}
@@ -755,7 +757,6 @@ def write_outputs(rows, items, folder, identity, args):
 
 
 def main(args):
-    datasets.disable_progress_bars()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -783,8 +784,7 @@ def main(args):
     else:
         run_stage(items, folder, tokenizer, args)
     if os.environ["WORLD_SIZE"] != "1":
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         dist.barrier()
     if os.environ["RANK"] == "0":
         write_outputs(rows, items, folder, identity, args)
