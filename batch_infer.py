@@ -2,7 +2,7 @@
 
 Rows are JSON lines; a stage keeps the columns it finds. sft.py and dpo.py know these rows without flags:
     generate  {"id": 7, "sample": 0, "input": "2+2=", "output": "4", "finish_reason": "stop", "tokens": 1}
-    rm        the same and "reward": 1.25; null where a row cannot be scored (too long, no response)
+    rm        the same and "reward": 1.25; null where a row cannot be scored (such as too long)
     logps     the same and "logps": -31.4, log pi(output | input) in nats over "tokens", EOS included
 id: the row's index in --dataset. input: what the model saw, with template and BOS; messages too, where the
 prompt was messages. output has no EOS: finish_reason says whether it came ("stop") or not ("length").
@@ -103,10 +103,11 @@ class Args:
         if os.path.isfile(self.tokenizer_chat_template or ""):
             self.tokenizer_chat_template = Path(self.tokenizer_chat_template).read_text()
         self.reward_template = self.reward_template.replace("\\n", "\n")  # a shell leaves two characters
-        self.input_template = (self.input_template or "{}").replace("\\n", "\n")
+        template = (self.input_template or "").replace("\\n", "\n")
+        self.input_template = template if "{}" in template else "{}"  # "" may arrive as two quotation marks
         self.stop = [text.replace("\\n", "\n") for text in self.stop if text]
-        if "{}" not in self.input_template:
-            self.input_template = "{}"  # such as the quotation marks that a heredoc makes of ""
+        if "{input}" not in self.reward_template or "{reward}" not in self.reward_template:
+            die("--reward_template needs {input} and {reward}")
 
 
 # A stage may be resumed with other values of these flags; every other flag belongs to its identity.
@@ -349,8 +350,7 @@ def load_weights(auto, args, device, **options):
     options |= {"dtype": torch.bfloat16 if args.bf16 else torch.float32, "output_loading_info": True}
     model, info = auto.from_pretrained(args.pretrain, **options)
     if info["missing_keys"]:
-        lacks = f"model {args.pretrain!r} lacks {min(info['missing_keys'])}"
-        die(f"{lacks}: no model for --eval_task {args.eval_task}, or see --value_head_prefix")
+        die(f"{args.pretrain} lacks {min(info['missing_keys'])}: see --eval_task, --value_head_prefix")
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # others drop the soft-cap in silence
     return model.to(device).eval().requires_grad_(False)
@@ -369,8 +369,7 @@ def pad(rows, device, side="right"):
 def make_batches(items, size):
     """Batches of items, the longest first; those of one prompt stay together."""
     items = sorted(items, key=lambda item: len(item.response))
-    # Of each prompt the length of its longest row, which comes last.
-    longest = {tuple(item.prompt): len(item.prompt) + len(item.response) for item in items}
+    longest = {tuple(item.prompt): len(item.prompt) + len(item.response) for item in items}  # the last one
     items.sort(key=lambda item: (-longest[tuple(item.prompt)], item.prompt))
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
@@ -437,8 +436,7 @@ def generate_vllm(batches, tokenizer, args, device):
 
         engine = LLM(args.pretrain, **settings).llm_engine
     except Exception as e:  # of many types
-        ways_out = "pip install -r requirements-vllm.txt, or --eval_task generate"
-        die(f"vLLM does not start: {e} ({ways_out})")
+        die(f"vLLM does not start: {e!r} (requirements-vllm.txt, or --eval_task generate)")
     stop_ids = find_stops(engine.model_config.try_get_generation_config().get("eos_token_id"), tokenizer)
     flags = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
     flags |= {"max_tokens": args.max_new_tokens, "stop_token_ids": stop_ids}
@@ -609,11 +607,10 @@ def best_and_worst(rows, args):
     pairs = []
     for group in by_prompt(rows, args):
         best, worst = group[0], group[-1]
-        prompt, chosen = row_texts(best, False, args)
-        _, rejected = row_texts(worst, False, args)
+        _, prompt, chosen = read_columns(best, args)
+        _, _, rejected = read_columns(worst, args)
         if chosen != rejected and best["reward"] - worst["reward"] > args.min_margin:
-            asked = best["input"] if "finish_reason" in best else prompt  # of samples: what the policy saw
-            pair = {"id": best.get("id"), "prompt": asked, "chosen": chosen, "rejected": rejected}
+            pair = {"id": best.get("id"), "prompt": prompt, "chosen": chosen, "rejected": rejected}
             for side, row in (("chosen", best), ("rejected", worst)):
                 pair |= {f"{side}_reward": row["reward"], f"{side}_finish_reason": row.get("finish_reason")}
             pairs.append(pair)
@@ -636,6 +633,8 @@ def conditional_rows(rows, args):
             asked = conditioned(prompt, reward, args)
         else:
             user = row.get("prompt", prompt) if is_ours else prompt  # --input_template stands around it
+            if prompt.count(user) != 1:
+                continue  # the template holds the prompt's words, too
             asked = prompt.replace(user, conditioned(user, reward, args))
         kept = {name: row[name] for name in ("id", "sample", "finish_reason", "reward") if name in row}
         made.append(kept | {"input": asked, "output": response})
@@ -706,7 +705,8 @@ def run_stage(items, folder, tokenizer, args):
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if args.reward_fn:
         return call_rewards(items[rank::world_size], folder, args)
-    batches = make_batches(items, args.micro_batch_size * args.best_of_n)  # alike on all ranks
+    sizes = {"generate_vllm": args.best_of_n, "generate": args.micro_batch_size * args.best_of_n}
+    batches = make_batches(items, sizes.get(args.eval_task, args.micro_batch_size))  # alike on all ranks
     done = read_results(folder)
     todo = [batch for batch in batches[rank::world_size] if any(item.key not in done for item in batch)]
     engines = {"generate_vllm": generate_vllm, "generate": generate, "rm": score, "logps": measure}
@@ -764,7 +764,7 @@ def main(args):
     n_gpus = args.tp_size * args.dp_size if args.eval_task == "generate_vllm" else local_size
     # Asking for GPUs would deny them to the forked workers of a reward function.
     if not args.reward_fn and 0 < torch.cuda.device_count() < n_gpus:
-        die(f"{n_gpus} GPUs are asked for, {torch.cuda.device_count()} are there")
+        die(f"{n_gpus} GPUs are asked for: more than there are")
     rows = load_rows(args)
     is_scoring = args.eval_task in ("rm", "logps")
     tokenizer = config = None

@@ -472,7 +472,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
         "--prompt_max_len + --max_new_tokens is more than the model's 256": {"max_new_tokens": 200},
         "empty.jsonl": {"dataset": write_rows(tmp_path / "empty.jsonl", [])},
         "broken.jsonl'": {"dataset": str(tmp_path / "broken.jsonl")},
-        "policy' lacks score.weight: no model for --eval_task rm": scored | {"pretrain": str(home / "policy")},
+        "policy lacks score.weight: see --eval_task, --value_head_prefix": scored | {"pretrain": str(home / "policy")},
         "cannot be written: it is a folder, or our input": {"output_path": str(home / "prompts.jsonl")},
     }
     for message, flags in cases.items():
