@@ -189,7 +189,7 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
         template = args.input_template.replace("\\n", "\n")  # a shell leaves two characters
         messages[0]["content"] = template.replace("{}", messages[0]["content"])
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    last = max(turns, default=0)  # what follows it is left out; 0: none, or it begins
+    last = max(turns, default=0)  # turns behind it are left out; 0: no answer to a prompt
     if last == 0 or not (sampled or messages[last]["content"].strip()):  # a policy may end at once
         raise ValueError("no assistant turn after a prompt, or an empty response")
 
@@ -468,7 +468,7 @@ def deepspeed_config(args):
 
 
 def load_model(path, args, config=None):
-    """The causal LM with our attention, all weights from the checkpoint, dropout off; config: DeepSpeed's."""
+    """The causal LM with our attention and without dropout; config: DeepSpeed's, where it may be sharded."""
     # While this object lives, ZeRO-3 loads a model in shards, never whole on one rank.
     _sharding = config and transformers.integrations.HfDeepSpeedConfig(config)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
