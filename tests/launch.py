@@ -27,9 +27,10 @@ def register_attention(script):
 
 if __name__ == "__main__":
     script = load_script(sys.argv[1])
+    dist, join = script.dist, script.dist.init_process_group
+    # A configuration may find the process group of the one before.
+    dist.init_process_group = lambda *args, **options: dist.is_initialized() or join(*args, **options)
     for config in json.loads(Path(sys.argv[2]).read_text()):
-        if script.dist.is_initialized():  # by the configuration before
-            script.dist.init_process_group = lambda *args, **options: None
         script.main(script.Args(**config))
     sys.stdout.flush()
     os._exit(0)
