@@ -233,10 +233,10 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     return ids[: args.max_len], trained[: args.max_len]
 
 
-def encode_row(row, tokenizer, args):
+def encode_answer(row, tokenizer, args):
     """The examples of a row, here just one: columns of FEATURES."""
     if {"instruction", "output"} <= {*row} and not args.input_key and "finish_reason" not in row:
-        raise ValueError("instruction and input are two columns of the prompt: join them here, in encode_row")
+        raise ValueError("instruction and input are two columns of a prompt: join them in encode_answer")
     # Columns of prompt and response, the first that fit; None: there is none. Sampled rows keep more columns.
     layouts = [("input", "output"), ("messages", None), ("prompt", "completion"), (None, "text")]
     if args.input_key or args.output_key:
@@ -249,7 +249,7 @@ def encode_row(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained, "n_trained": trained.sum()}]
 
 
-def encode_rows(spans, tokenizer, args):
+def encode_rows(spans, encode_row, tokenizer, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
@@ -277,7 +277,7 @@ def stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def load_examples(names, probs, split, tokenizer, args):
+def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets, encoded once per node or found again."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or args.max_len
@@ -299,7 +299,7 @@ def load_examples(names, probs, split, tokenizer, args):
     decides += [[stamp(path), getattr(rows, "_fingerprint", None)] for path, rows in zip(paths, tables)]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, tokenizer, args),
+        lambda spans: encode_rows(spans, encode_row, tokenizer, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": spans},
@@ -532,7 +532,6 @@ def setup():
     """Environment, quiet libraries, threads. Nothing here uses CUDA: what encodes rows is forked."""
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -618,8 +617,7 @@ def check_attention(engine, args):
     expected = -F.cross_entropy(logits.float(), alone["targets"], reduction="none")
     error, leak = (found - expected).abs().mean().item(), (found - again).abs().mean().item()
     if not error < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:  # in bf16 rounding makes up to 0.2
-        off = f"log-probs are off by {error:.2g} nats per token, by {leak:.2g} from other sequences"
-        die(f"{type(model).__name__} is not supported: {off}")
+        die(f"{type(model).__name__} is not supported: log-probs are off by {error:.2g}, by leaks {leak:.2g}")
 
 
 def start_frozen(path, args, offload, wrapper):
@@ -771,8 +769,11 @@ def main(args):
     publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
-    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+    # --- algorithm: kd (rows)
+    encoding = (encode_answer, tokenizer, args)
+    # --- end algorithm
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
+    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     lengths = examples["length"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
@@ -788,15 +789,14 @@ def main(args):
     start_step = state[0]
     if start_step is None:
         return
-
-    # --- algorithm: kd
+    # --- algorithm: kd (model)
     if load_tokenizer(args.teacher_model, args).get_vocab() != tokenizer.get_vocab():
         die(f"--teacher_model {args.teacher_model} has another tokenizer: it must be the student's")
     args.vocab_size = len(tokenizer)
     transformers.AttentionInterface.register("packed", packed_attention)
     teacher, topk = None, {}
     if args.teacher_topk:
-        topk = {table: teacher_topk(table, args) for table in filter(None, (examples, held_out))}
+        topk = {table: teacher_topk(table, args) for table in (examples, held_out) if table}
     engine = start_engine(args, total_steps, InChunks)
     check_attention(engine, args)
     if not args.teacher_topk:

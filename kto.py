@@ -255,7 +255,7 @@ def encode_response(row, prompt_key, response_key, tokenizer, args):
     return encode(prompt, response, tokenizer, args, finish_reason)
 
 
-def encode_row(row, tokenizer, args):
+def encode_labelled(row, tokenizer, args):
     """The examples of a row, a pair has two: the columns of FEATURES that depend on the algorithm."""
     known = ("chosen", args.input_key, "completion", "output", "response", "messages")
     response_key = args.output_key or next((key for key in known if key in row), "completion")
@@ -273,7 +273,7 @@ def encode_row(row, tokenizer, args):
     return examples
 
 
-def encode_rows(spans, tokenizer, args):
+def encode_rows(spans, encode_row, tokenizer, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
@@ -301,7 +301,7 @@ def stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def load_examples(names, probs, split, tokenizer, args):
+def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets, encoded once per node or found again."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or args.max_len
@@ -323,7 +323,7 @@ def load_examples(names, probs, split, tokenizer, args):
     decides += [[stamp(path), getattr(rows, "_fingerprint", None)] for path, rows in zip(paths, tables)]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, tokenizer, args),
+        lambda spans: encode_rows(spans, encode_row, tokenizer, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": spans},
@@ -557,7 +557,6 @@ def setup():
     """Environment, quiet libraries, threads. Nothing here uses CUDA: what encodes rows is forked."""
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -643,8 +642,7 @@ def check_attention(engine, args):
     expected = -F.cross_entropy(logits.float(), alone["targets"], reduction="none")
     error, leak = (found - expected).abs().mean().item(), (found - again).abs().mean().item()
     if not error < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:  # in bf16 rounding makes up to 0.2
-        off = f"log-probs are off by {error:.2g} nats per token, by {leak:.2g} from other sequences"
-        die(f"{type(model).__name__} is not supported: {off}")
+        die(f"{type(model).__name__} is not supported: log-probs are off by {error:.2g}, by leaks {leak:.2g}")
 
 
 def start_frozen(path, args, offload, wrapper):
@@ -796,8 +794,11 @@ def main(args):
     publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
-    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+    # --- algorithm: kto (rows)
+    encoding = (encode_labelled, tokenizer, args)
+    # --- end algorithm
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
+    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     lengths = examples["length"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
@@ -813,14 +814,13 @@ def main(args):
     start_step = state[0]
     if start_step is None:
         return
-
-    # --- algorithm: kto
+    # --- algorithm: kto (model)
     if args.ref_pretrain and load_tokenizer(args.ref_pretrain, args).get_vocab() != tokenizer.get_vocab():
         note("notice --ref_pretrain has another vocabulary: only the same token ids can be compared")
     transformers.AttentionInterface.register("packed", packed_attention)
     n_desirable = examples["desirable"][:].sum()
-    note(f"labels {n_desirable:,} of {len(examples):,} rows are desirable")
-    references = {table: reference_rows(table, args) for table in filter(None, (examples, held_out))}
+    note(f"labels {n_desirable} of {len(examples):,} rows are desirable")
+    references = {table: reference_rows(table, args) for table in (examples, held_out) if table}
     engine = start_engine(args, total_steps, LogProbs)
     check_attention(engine, args)
 

@@ -222,10 +222,10 @@ def encode(prompt, response, tokenizer, args, finish_reason=None, multiturn=Fals
     return ids[: args.max_len], trained[: args.max_len]
 
 
-def encode_row(row, tokenizer, args):
+def encode_example(row, tokenizer, args):
     """The examples of a row, here just one: columns of FEATURES."""
     if {"instruction", "output"} <= {*row} and not args.input_key and "finish_reason" not in row:
-        raise ValueError("instruction and input are two columns of the prompt: join them here, in encode_row")
+        raise ValueError("instruction and input are two columns of a prompt: join them in encode_example")
     # Columns of prompt and response, the first that fit; None: there is none. Sampled rows keep more columns.
     layouts = [("input", "output"), ("messages", None), ("prompt", "completion"), (None, "text")]
     if args.input_key or args.output_key:
@@ -238,7 +238,7 @@ def encode_row(row, tokenizer, args):
     return [{"input_ids": ids, "trained": trained}]
 
 
-def encode_rows(spans, tokenizer, args):
+def encode_rows(spans, encode_row, tokenizer, args):
     """Yields the examples of the rows in spans: (dataset, its rows, numbers of some). Never raises."""
     for name, rows, numbers in spans:
         for i in numbers:
@@ -266,7 +266,7 @@ def stamp(name):
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def load_examples(names, probs, split, tokenizer, args):
+def load_examples(names, probs, split, encode_row, tokenizer, args):
     """A table of the examples of a comma list of datasets, encoded once per node or found again."""
     config = transformers.AutoConfig.from_pretrained(args.pretrain)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or args.max_len
@@ -288,7 +288,7 @@ def load_examples(names, probs, split, tokenizer, args):
     decides += [[stamp(path), getattr(rows, "_fingerprint", None)] for path, rows in zip(paths, tables)]
     decides += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template]
     table = datasets.Dataset.from_generator(
-        lambda spans: encode_rows(spans, tokenizer, args),
+        lambda spans: encode_rows(spans, encode_row, tokenizer, args),
         features=FEATURES,
         cache_dir=f"{args.cache_dir}/rows",
         gen_kwargs={"spans": spans},
@@ -435,7 +435,6 @@ def setup():
     """Environment, quiet libraries, threads. Nothing here uses CUDA: what encodes rows is forked."""
     for default in "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT=0".split():
         os.environ.setdefault(*default.split("="))
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.simplefilter("ignore")
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
@@ -521,8 +520,7 @@ def check_attention(engine, args):
     expected = -F.cross_entropy(logits.float(), alone["targets"], reduction="none")
     error, leak = (found - expected).abs().mean().item(), (found - again).abs().mean().item()
     if not error < (0.3 if args.bf16 else 1e-4) or leak > 1e-3:  # in bf16 rounding makes up to 0.2
-        off = f"log-probs are off by {error:.2g} nats per token, by {leak:.2g} from other sequences"
-        die(f"{type(model).__name__} is not supported: {off}")
+        die(f"{type(model).__name__} is not supported: log-probs are off by {error:.2g}, by leaks {leak:.2g}")
 
 
 # --- files: a folder is written beside and renamed; its last file, args.json, says which run made it
@@ -663,8 +661,11 @@ def main(args):
     publish(args)  # what a run had finished that was killed while it moved its model into place
     tokenizer = load_tokenizer(args.pretrain, args)
     identity = identify(args)
-    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, tokenizer, args)
-    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, tokenizer, args)
+    # --- algorithm: sft (rows)
+    encoding = (encode_example, tokenizer, args)
+    # --- end algorithm
+    examples = load_examples(args.dataset, args.dataset_probs, args.dataset_split, *encoding)
+    held_out = args.eval_dataset and load_examples(args.eval_dataset, None, args.eval_split, *encoding)
     lengths = examples["length"][:]
     steps_per_epoch = math.ceil(len(examples) / args.train_batch_size)
     total_steps = min(steps_per_epoch * args.max_epochs, args.max_steps)
@@ -680,8 +681,7 @@ def main(args):
     start_step = state[0]
     if start_step is None:
         return
-
-    # --- algorithm: sft
+    # --- algorithm: sft (model)
     transformers.AttentionInterface.register("packed", packed_attention)
     engine = start_engine(args, total_steps, LogProbs)
     check_attention(engine, args)

@@ -391,7 +391,7 @@ LAYOUTS = {  # name: (row, flags, prompt, responses where they are not those of 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name, tiny, tokenizer):
     row, flags, prompt, *responses = LAYOUTS[name]
-    (pair,) = dpo.encode_row(row, tokenizer, dpo.Args(pretrain=tiny, dataset="", **flags))
+    (pair,) = dpo.encode_pair(row, tokenizer, dpo.Args(pretrain=tiny, dataset="", **flags))
     n_prompt, begin, end = pair["ends"]
     assert (pair["trained"] == (np.arange(end) >= n_prompt)).all()  # the prompt is stored once
     parts = np.split(pair["input_ids"], [n_prompt, begin])

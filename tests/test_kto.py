@@ -104,7 +104,7 @@ def test_z0_and_loss_equal_plain_forwards(tiny, other, tokenizer, tmp_path):
 def test_labels_are_read_strictly(tiny, tokenizer, tmp_path, capsys):
     labels = (True, 1, 1.0, "True", "true", "1", False, 0, 0.0, "False", "false", "0")
     args = kto.Args(pretrain="", dataset="")
-    found = [kto.encode_row({**ROWS[0], "label": label}, tokenizer, args) for label in labels]
+    found = [kto.encode_labelled({**ROWS[0], "label": label}, tokenizer, args) for label in labels]
     assert [example["desirable"] for (example,) in found] == [True] * 6 + [False] * 6
     for label in ("good", 0.9):
         bad = [ROWS[1], {**ROWS[2], "label": label}]
@@ -121,7 +121,7 @@ def test_a_pair_becomes_two_rows(kind, tokenizer):
         pair |= {"prompt": "Say it.\n", "rejected_finish_reason": "length"}
         pair |= {"prompt": "not this", "asked": pair["prompt"]}
     flags = {"input_key": "asked"} if kind == "sampled" else {}
-    good, bad = kto.encode_row(pair, tokenizer, kto.Args(pretrain="", dataset="", **flags))
+    good, bad = kto.encode_labelled(pair, tokenizer, kto.Args(pretrain="", dataset="", **flags))
     assert (good["desirable"], bad["desirable"]) == (True, False) and good["prompt_hash"] == bad["prompt_hash"]
     found = [example["input_ids"][example["trained"]] for example in (good, bad)]
     assert [tokenizer.decode(ids) for ids in found] == ["red river<eos>", f"old stone{end}"]
@@ -129,7 +129,7 @@ def test_a_pair_becomes_two_rows(kind, tokenizer):
 
 def test_a_sampled_row_has_its_prompt_in_input(tokenizer):
     row = {"prompt": "red?", "input": "Say red.\n", "output": "river", "finish_reason": "stop", "label": 1}
-    (example,) = kto.encode_row(row, tokenizer, kto.Args(pretrain="", dataset=""))
+    (example,) = kto.encode_labelled(row, tokenizer, kto.Args(pretrain="", dataset=""))
     assert tokenizer.decode(example["input_ids"]) == "Say red.\nriver<eos>"
 
 

@@ -316,7 +316,7 @@ def encode(row, folder, **flags):
     """(text before the first trained token, [text of each trained stretch], ids) of a row."""
     args = make_args(pretrain=folder, **flags)
     tokenizer = sft.load_tokenizer(folder, args)
-    (example,) = sft.encode_row(row, tokenizer, args)
+    (example,) = sft.encode_example(row, tokenizer, args)
     ids, trained = example["input_ids"], example["trained"]
     edges = np.flatnonzero(np.diff(trained.astype(int), append=0, prepend=0)).reshape(-1, 2)
     texts = [tokenizer.decode(ids[begin:end]) for begin, end in edges]
@@ -370,7 +370,7 @@ def examples_of(tiny, tokenizer):
 
     def call(names, **flags):
         args = make_args(pretrain=tiny, **flags)
-        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, tokenizer, args).with_format(None)
+        return sft.load_examples(str(names), args.dataset_probs, args.dataset_split, sft.encode_example, tokenizer, args).with_format(None)
 
     return call
 
@@ -415,7 +415,7 @@ def test_rows_are_encoded_once(examples_of, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", make_rows(5))
 
     def encodes(**flags):
-        with mock.patch.object(sft, "encode_row", wraps=sft.encode_row) as spy:
+        with mock.patch.object(sft, "encode_example", wraps=sft.encode_example) as spy:
             n = len(examples_of(path, **flags))
         assert spy.call_count in (0, n)
         return spy.called
@@ -669,7 +669,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "template rewrites the prompt": (REWRITES, chat_row(*CHAT[:2]), ["rewrites earlier turns"]),
     "template rewrites an answer": (FORGETS | {"multiturn": True}, chat_row(*THINKING), ["rewrites earlier turns"]),
     "no template": ({"pretrain": "plain"}, chat_row(*CHAT[:2]), ["chat template|chat_template"]),
-    "two columns of the prompt": ({}, GOOD.replace("{", '{"instruction": "say", '), ["join them .* in encode_row"]),
+    "two columns of the prompt": ({}, GOOD.replace("{", '{"instruction": "say", '), ["join them in encode_example"]),
     # --- models and outputs
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder with"]),
     "too few positions": ({"max_len": 200}, GOOD, ["--max_len 200", "--max_len 128", "config.json"]),
