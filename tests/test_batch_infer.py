@@ -288,6 +288,21 @@ def test_iterative_dpo_pairs():
     assert [p["id"] for p in post("best_and_worst", rows, min_margin=0.5)] == [0]
 
 
+def test_csft_leaves_out_what_it_cannot_condition():
+    """A cut answer in a chat template, which would end it, and a prompt whose words its template has, too."""
+    row = {"output": "y", "finish_reason": "length", "reward": 1.0}
+    (made,) = post("conditional_rows", [row | {"input": "Q: x\nA:", "prompt": "x"}])
+    assert made["input"] == "Q: x <rm_score>: 1.00 \nA:" and made["finish_reason"] == "length"
+    chat, twice = {"input": "x", "messages": [{"role": "user", "content": "x"}]}, {"input": "x? Q: x", "prompt": "x"}
+    assert post("conditional_rows", [row | chat, row | twice]) == []
+
+
+def test_the_blank_of_the_rewards_template_is_not_scored():
+    row = {"plain_input": "x", "output": " y", "finish_reason": "stop"}
+    for input, response in (("x <rm_score>: 1.00", "y"), ("x <rm_score>: 1.00 ", " y")):
+        assert script.row_texts(row | {"input": input}, False, script.Args("rm", "", "")) == ("x", response)
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "template", "chat", "messages"])
 def test_csft_trains_on_the_prompt_that_csft_prompt_asks_with(home, kind, bos):
@@ -462,6 +477,7 @@ def test_bad_input(home, samples, tmp_path, capsys):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": ')
     scored = {"task": "rm", "dataset": str(home / "samples.jsonl")}
     cases = {
+        "--reward_template needs {input} and {reward}": {"reward_template": "{input}: {score}"},
         "are of --eval_task rm, not generate": {"post_processor": "rs"},
         " x longer than 20 tokens (--max_len": scored | {"max_len": 20},
         "KeyError: 'missing'; it must be FILE.py:NAME": scored | {"reward_fn": f"{home}/my-rewards.py:missing"},

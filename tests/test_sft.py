@@ -282,6 +282,7 @@ ROWS = {  # name: (row, flags, prompt, trained stretches)
     "text": (QA, {}, "red", [" old<eos>"]),
     "a token across the border": (QA | {"output": "old"}, {"input_template": "Q {} A "}, "Q red A", [" old<eos>"]),
     "a template": (QA, {"input_template": "User: {}\\nA:"}, "User: red\nA:", [" old<eos>"]),
+    "a template without {}": (QA, {"input_template": '""'}, "red", [" old<eos>"]),
     "braces of the prompt": (QA | {"input": "{x} {}"}, {"input_template": "Q {}:"}, "Q {x} {}:", [" old<eos>"]),
     "key flags": (QA | {"q": "a", "a": "b"}, {"input_key": "q", "output_key": "a"}, "a", ["b<eos>"]),
     "output_key": (QA | {"a": "b"}, {"output_key": "a"}, "red", ["b<eos>"]),
@@ -674,6 +675,7 @@ BAD_INPUT = {  # name: (flags, rows.jsonl, patterns of the message)
     "no model": ({"pretrain": "/none/at/all"}, GOOD, ["/none/at/all", "neither a model folder with"]),
     "too few positions": ({"max_len": 200}, GOOD, ["--max_len 200", "--max_len 128", "config.json"]),
     "folder of another run": ({"save_path": "other"}, GOOD, ["--save_path .*/other", "another model", "folder"]),
+    "a file": ({"save_path": "rows.jsonl"}, GOOD, ["--save_path .*rows.jsonl cannot be replaced"]),
     "adapters": ({"save_path": "adapters"}, GOOD, ["--save_path .*/adapters", "another model"]),
 }  # fmt: skip
 
